@@ -1,0 +1,1 @@
+"""fastgpt: a GPT engine with kernels of its own."""

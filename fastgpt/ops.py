@@ -1,0 +1,218 @@
+"""The one seam between the model and its kernels: argument checks, the choice of an implementation, the override.
+
+Nothing else chooses. An implementation is a module with functions of the same names and signatures as
+`fastgpt.reference`, plus `why_not(op, device, *tensors)`: None when it takes the call, else the reason as text.
+"""
+import contextlib
+import os
+
+import torch
+
+from fastgpt import cpu, reference
+
+OPS = ("layer_norm", "add_layer_norm", "gelu", "bias_gelu", "linear", "attention", "cross_entropy")
+ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu")
+IMPLEMENTATIONS = {"reference": reference, "cpp": cpu}
+# What is tried for a device, best first; the reference takes everything.
+PREFERENCE = {"cpu": ("cpp", "reference")}
+
+
+def _known_backend(name, source):
+    if name != "auto" and name not in IMPLEMENTATIONS:
+        raise ValueError(f"{source}={name!r}: expected one of auto, {', '.join(IMPLEMENTATIONS)}")
+    return name
+
+
+_forced = _known_backend(os.environ.get("FASTGPT_BACKEND", "auto"), "FASTGPT_BACKEND")
+
+
+@contextlib.contextmanager
+def backend(name):
+    """Within this context every op runs on the implementation `name` ("reference", "cpp" or "auto"), or raises."""
+    global _forced
+    before, _forced = _forced, _known_backend(name, "backend")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def resolve(op, *tensors, device=None):
+    """What answers `op` for these tensors, or for `device` alone: (implementation's name, the reason as text)."""
+    device = device or tensors[0].device.type
+    if _forced != "auto":
+        reason = _why_not(_forced, op, device, tensors)
+        if reason:
+            raise RuntimeError(f"fastgpt.ops.{op}: the backend {_forced!r} was asked for, but {reason}")
+        return _forced, "asked for by FASTGPT_BACKEND or ops.backend()"
+    refusals = []
+    for name in PREFERENCE.get(device, ("reference",)):
+        reason = _why_not(name, op, device, tensors)
+        if reason is None:
+            return name, "; ".join(refusals) or f"the first choice on {device}"
+        refusals.append(f"not {name}: {reason}")
+
+
+def _why_not(name, op, device, tensors):
+    return None if name == "reference" else IMPLEMENTATIONS[name].why_not(op, device, *tensors)
+
+
+def _implementation(op, *tensors):
+    name, _ = resolve(op, *(t for t in tensors if t is not None))
+    return getattr(IMPLEMENTATIONS[name], op)
+
+
+def _check(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
+def _check_vector(op, name, vector, size, like):
+    if vector is not None:
+        _check(tuple(vector.shape) == (size,), f"{op}: {name} must have shape ({size},), got {tuple(vector.shape)}")
+        _check_same_device(op, name, vector, like)
+
+
+def _check_same_device(op, name, tensor, like):
+    _check(tensor.device == like.device, f"{op}: {name} is on {tensor.device}, the first argument on {like.device}")
+
+
+def _check_floating(op, name, tensor):
+    if not tensor.is_floating_point():
+        raise TypeError(f"{op}: {name} must have a floating dtype, got {tensor.dtype}")
+
+
+def layer_norm(x, weight, bias=None, eps=1e-5):
+    """Layer normalisation over the last dimension, statistics in float32 (Ba et al. 2016, arXiv:1607.06450).
+
+    x (..., C), weight (C,), bias (C,) or None -> (..., C) in x's dtype. float32 weights may come with a bfloat16 x.
+    """
+    _check_norm("layer_norm", x, weight, bias)
+    return _implementation("layer_norm", x, weight, bias)(x, weight, bias, eps)
+
+
+def add_layer_norm(x, residual, weight, bias=None, eps=1e-5):
+    """The residual add and the layer norm after it, in one pass: (layer_norm(x + residual), x + residual).
+
+    x and residual (..., C) of one shape and dtype, weight (C,), bias (C,) or None.
+    """
+    _check_norm("add_layer_norm", x, weight, bias)
+    _check(x.shape == residual.shape,
+           f"add_layer_norm: residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+    _check_same_device("add_layer_norm", "residual", residual, x)
+    return _implementation("add_layer_norm", x, residual, weight, bias)(x, residual, weight, bias, eps)
+
+
+def _check_norm(op, x, weight, bias):
+    _check_floating(op, "x", x)
+    _check(x.dim() >= 1 and x.shape[-1] > 0, f"{op}: x must have a last dimension C >= 1, got shape {tuple(x.shape)}")
+    _check_vector(op, "weight", weight, x.shape[-1], x)
+    _check_vector(op, "bias", bias, x.shape[-1], x)
+
+
+def gelu(x, approximate="none"):
+    """GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415), exact ("none") or by tanh ("tanh"), of any shape."""
+    _check_gelu("gelu", x, approximate)
+    return _implementation("gelu", x)(x, approximate)
+
+
+def bias_gelu(x, bias, approximate="none"):
+    """gelu(x + bias) in one pass: x (..., C), bias (C,)."""
+    _check_gelu("bias_gelu", x, approximate)
+    _check(x.dim() >= 1, "bias_gelu: x must have at least one dimension")
+    _check_vector("bias_gelu", "bias", bias, x.shape[-1], x)
+    return _implementation("bias_gelu", x, bias)(x, bias, approximate)
+
+
+def _check_gelu(op, x, approximate):
+    _check_floating(op, "x", x)
+    _check(approximate in ("none", "tanh"), f"{op}: approximate must be 'none' or 'tanh', got {approximate!r}")
+
+
+def linear(x, weight, bias=None, *, activation=None, residual=None):
+    """activation(x @ weight.T + bias) + residual, in one pass.
+
+    x (..., K), weight (N, K), bias (N,) or None, residual (..., N) or None -> (..., N).
+    activation: None, "gelu" (exact), "gelu_tanh" or "relu". Under autocast the matrices are cast to its dtype.
+    """
+    _check_floating("linear", "x", x)
+    _check_matrix("linear", x, weight)
+    _check(activation in ACTIVATIONS, f"linear: activation must be one of {ACTIVATIONS}, got {activation!r}")
+    N = weight.shape[0]
+    _check_vector("linear", "bias", bias, N, x)
+    if residual is not None:
+        _check(residual.shape == (*x.shape[:-1], N),
+               f"linear: residual must have shape {(*x.shape[:-1], N)}, got {tuple(residual.shape)}")
+        _check_same_device("linear", "residual", residual, x)
+    x, weight, bias, residual = _autocast(x, weight, bias, residual)
+    _check(x.dtype == weight.dtype, f"linear: x is {x.dtype}, weight {weight.dtype}; give both one dtype, or use autocast")
+    function = _implementation("linear", x, weight, bias, residual)
+    return function(x, weight, bias, activation=activation, residual=residual)
+
+
+def _check_matrix(op, x, weight):
+    _check(weight.dim() == 2, f"{op}: weight must have shape (N, K), got {tuple(weight.shape)}")
+    _check(x.dim() >= 1 and x.shape[-1] == weight.shape[1],
+           f"{op}: x must have K = {weight.shape[1]} in its last dimension (weight's second), got shape {tuple(x.shape)}")
+    _check_same_device(op, "weight", weight, x)
+
+
+def attention(q, k, v, *, causal=True, scale=None, dropout_p=0.0, key_mask=None, seed=None):
+    """Scaled dot-product attention without the T x S matrix in memory (Dao et al. 2022, arXiv:2205.14135).
+
+    q (B, H, T, D), k and v (B, G, S, D) with H a multiple of G -> (B, H, T, D); any strides, D at most 256 for kernels.
+    causal: query i sees the keys up to i + S - T (the last query sees them all: what a KV cache needs; PyTorch's
+    is_causal aligns at the first instead, which differs when T != S). A query that sees no key gives 0.
+    scale: of the scores, by default D ** -0.5. key_mask (B, S) bool: True where the key takes part.
+    dropout_p in [0, 1) with `seed` (an int below 2**63; None draws one from torch's generator): the mask is
+    `fastgpt.reference.dropout_keep_mask`.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _check_floating("attention", name, tensor)
+        _check(tensor.dim() == 4, f"attention: {name} must have 4 dimensions (batch, heads, length, head size), "
+                                  f"got shape {tuple(tensor.shape)}")
+        _check_same_device("attention", name, tensor, q)
+    (B, H, _, D), (G, S) = q.shape, k.shape[1:3]
+    _check(k.shape == v.shape, f"attention: k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    _check(k.shape[0] == B and k.shape[3] == D, f"attention: k must have batch {B} and head size {D} as q, got {tuple(k.shape)}")
+    _check(G > 0 and H % G == 0, f"attention: q's {H} heads must be a multiple of k's {G}")
+    _check(0.0 <= dropout_p < 1.0, f"attention: dropout_p must be in [0, 1), got {dropout_p}")
+    if key_mask is not None:
+        _check(key_mask.shape == (B, S) and key_mask.dtype == torch.bool,
+               f"attention: key_mask must be bool of shape {(B, S)}, got {key_mask.dtype} {tuple(key_mask.shape)}")
+        _check_same_device("attention", "key_mask", key_mask, q)
+    q, k, v = _autocast(q, k, v)
+    _check(q.dtype == k.dtype == v.dtype, f"attention: q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if dropout_p > 0.0 and seed is None:
+        seed = int(torch.randint(2 ** 63 - 1, ()))
+    function = _implementation("attention", q, k, v)
+    return function(q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, key_mask=key_mask, seed=seed or 0)
+
+
+def cross_entropy(x, weight, targets, *, bias=None, ignore_index=-100, reduction="mean"):
+    """The loss of a language-model head, cross_entropy(x @ weight.T + bias, targets), without the logits in memory.
+
+    x (..., K), weight (V, K), bias (V,) or None, targets (...) int64 in [0, V) or ignore_index.
+    reduction "mean" (over the targets not ignored; NaN when there are none, as in PyTorch) or "sum" -> float32
+    scalar; "none" -> float32 (...). Method: chunks of rows (Wijmans et al. 2024, arXiv:2411.09009; Liger Kernel).
+    """
+    _check_floating("cross_entropy", "x", x)
+    _check_matrix("cross_entropy", x, weight)
+    _check_vector("cross_entropy", "bias", bias, weight.shape[0], x)
+    _check(targets.shape == x.shape[:-1] and targets.dtype == torch.int64,
+           f"cross_entropy: targets must be int64 of shape {tuple(x.shape[:-1])}, got {targets.dtype} {tuple(targets.shape)}")
+    _check_same_device("cross_entropy", "targets", targets, x)
+    _check(reduction in ("mean", "sum", "none"), f"cross_entropy: reduction must be mean, sum or none, got {reduction!r}")
+    x, weight, bias = _autocast(x, weight, bias)
+    _check(x.dtype == weight.dtype, f"cross_entropy: x is {x.dtype}, weight {weight.dtype}; give both one dtype, or use autocast")
+    function = _implementation("cross_entropy", x, weight, bias)
+    return function(x, weight, targets, bias=bias, ignore_index=ignore_index, reduction=reduction)
+
+
+def _autocast(*tensors):
+    """The matrices of a product in autocast's dtype, when it is on for their device."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -1,0 +1,95 @@
+"""Every op in plain differentiable PyTorch: the truth in tests (float64), the fallback, the baseline in benchmarks.
+
+Shapes: B batch, H query heads, G key/value heads, T query length, S key length, D head size, C channels, V vocabulary.
+The functions take any floating dtype and do no argument checks: `fastgpt.ops` does those once, at the border.
+"""
+import torch
+import torch.nn.functional as F
+
+GELU_APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}
+_GOLDEN = 0x9E3779B9
+
+
+def layer_norm(x, weight, bias=None, eps=1e-5):
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+def add_layer_norm(x, residual, weight, bias=None, eps=1e-5):
+    total = x + residual
+    return layer_norm(total, weight, bias, eps), total
+
+
+def gelu(x, approximate="none"):
+    return F.gelu(x, approximate=approximate)
+
+
+def bias_gelu(x, bias, approximate="none"):
+    return F.gelu(x + bias, approximate=approximate)
+
+
+def linear(x, weight, bias=None, *, activation=None, residual=None):
+    y = F.linear(x, weight, bias)
+    if activation == "relu":
+        y = F.relu(y)
+    elif activation is not None:
+        y = F.gelu(y, approximate=GELU_APPROXIMATION[activation])
+    return y if residual is None else y + residual
+
+
+def attention(q, k, v, *, causal=True, scale=None, dropout_p=0.0, key_mask=None, seed=0):
+    """q (B, H, T, D), k and v (B, G, S, D), key_mask (B, S) bool -> (B, H, T, D). See `fastgpt.ops.attention`."""
+    B, H, T, D = q.shape
+    G, S = k.shape[1], k.shape[2]
+    k, v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))
+    scores = (q @ k.transpose(-2, -1)) * (D ** -0.5 if scale is None else scale)  # (B, H, T, S)
+    visible = attention_mask(T, S, causal, key_mask, q.device)
+    # A row that sees no key has the output 0, not NaN: -inf everywhere is replaced before the softmax.
+    empty = ~visible.any(-1, keepdim=True)
+    scores = scores.masked_fill(~visible & ~empty, float("-inf"))
+    weights = torch.softmax(scores, dim=-1).masked_fill(empty, 0.0)
+    if dropout_p > 0.0:
+        keep = dropout_keep_mask(seed, dropout_p, B, H, T, S, device=q.device)
+        weights = weights * keep / (1.0 - dropout_p)
+    return weights.to(v.dtype) @ v
+
+
+def attention_mask(T, S, causal=True, key_mask=None, device=None):
+    """Which keys a query may see, bool (B or 1, 1, T, S). Causal masks are aligned at the last query and the last key."""
+    visible = torch.ones(1, 1, T, S, dtype=torch.bool, device=device)
+    if causal:
+        visible = visible.tril(S - T)
+    return visible if key_mask is None else visible & key_mask[:, None, None, :]
+
+
+def cross_entropy(x, weight, targets, *, bias=None, ignore_index=-100, reduction="mean"):
+    logits = F.linear(x, weight, bias).flatten(0, -2)  # (N, V)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    loss = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction=reduction)
+    return loss.view(targets.shape) if reduction == "none" else loss
+
+
+def mix32(x):
+    """A bijective hash of 32-bit integers held in int64 (the 'lowbias32' multipliers): what the dropout mask is made of."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def dropout_threshold(dropout_p):
+    """The hashes below this (of 2**32) are dropped."""
+    return min(int(dropout_p * 2.0 ** 32), 2 ** 32 - 1)
+
+
+def dropout_keep_mask(seed, dropout_p, B, H, T, S, device=None):
+    """The keep-mask (B, H, T, S) of attention dropout: a pure function of (seed, b, h, i, j), equal on every device.
+
+    A row's key absorbs seed (low word, high word), b, h and i in turn; key j is kept when hash(row key + j * golden
+    ratio) reaches the threshold. So a tile of any shape can make its own part of the mask.
+    """
+    def index(n, dim):
+        return torch.arange(n, device=device).view([-1 if d == dim else 1 for d in range(4)])
+
+    key = torch.full((1, 1, 1, 1), _GOLDEN, dtype=torch.int64, device=device)
+    for word in (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, index(B, 0), index(H, 1), index(T, 2)):
+        key = mix32(key ^ word)
+    return mix32((key + index(S, 3) * _GOLDEN) & 0xFFFFFFFF) >= dropout_threshold(dropout_p)
