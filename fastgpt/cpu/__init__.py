@@ -1,5 +1,23 @@
-"""The C++ kernels for the CPU behind `fastgpt.ops`: one file an op, in the order launchers, fake, backward."""
+"""The C++ kernels for the CPU behind `fastgpt.ops`: one file an op, in the order launchers, op definitions, function."""
+from fastgpt.cpu.extension import MISSING
+from fastgpt.cpu.launch import DTYPES
+from fastgpt.cpu.layer_norm import add_layer_norm, layer_norm
+
+KERNELS = {"layer_norm": layer_norm, "add_layer_norm": add_layer_norm}
+MAX_HEAD_SIZE = 256
 
 
 def why_not(op, device, *tensors):
-    return "the extension is not built yet"
+    """Why these kernels can't answer a call, or None. The first tensor's dtype decides, the others' may be narrower."""
+    if MISSING:
+        return MISSING
+    if op not in KERNELS:
+        return f"{op} has no C++ kernel"
+    if device != "cpu":
+        return f"the C++ kernels are for the CPU, not for {device}"
+    for tensor in tensors:
+        if tensor.dtype not in DTYPES:
+            return f"the C++ kernels take float32 and bfloat16, not {tensor.dtype}"
+    if op == "attention" and tensors and tensors[0].shape[-1] > MAX_HEAD_SIZE:
+        return f"the C++ attention takes head sizes up to {MAX_HEAD_SIZE}, not {tensors[0].shape[-1]}"
+    return None

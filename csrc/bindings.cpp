@@ -1,0 +1,59 @@
+// The Python module fastgpt._C. Pointers come as integers (tensor.data_ptr()), 0 for an absent tensor; shapes and dtypes
+// have been checked by then. Every kernel runs without the GIL.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "cpu/isa.h"
+#include "cpu/pool.h"
+#include "kernels.h"
+
+namespace py = pybind11;
+using namespace fastgpt;
+
+namespace {
+
+// How an argument of a kernel looks from Python: a pointer as an integer, the rest as it is.
+template <class A>
+struct Argument {
+  using Python = A;
+  static A cast(A a) { return a; }
+};
+template <class T>
+struct Argument<T*> {
+  using Python = uintptr_t;
+  static T* cast(uintptr_t a) { return reinterpret_cast<T*>(a); }
+};
+
+template <class... A>
+void define(py::module_& m, const char* name, void (*Kernels::*kernel)(A...)) {
+  m.def(
+      name, [kernel](typename Argument<A>::Python... a) { (active().*kernel)(Argument<A>::cast(a)...); },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+py::list level_list() {
+  py::list all;
+  for (int i = 0; i < kLevels; i++) {
+    const Level& level = levels()[i];
+    all.append(py::make_tuple(level.name, level.kernels != nullptr, level.supported));
+  }
+  return all;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The kernels of fastgpt, by raw pointers.";
+  m.def("levels", &level_list, "(name, in this build, supported by this processor), from the least capable");
+  m.def("select_level", &select_level);
+  m.def("active_level", [] { return active().name; });
+  m.def("vector_width", [] { return active().width; });
+  m.def("cpu_has_bf16", &cpu_has_bf16);
+  m.def("cpu_has_vnni", &cpu_has_vnni);
+  m.def("threads", &threads);
+  m.def("set_threads", &set_threads, py::call_guard<py::gil_scoped_release>());
+
+  define(m, "layer_norm_forward", &Kernels::layer_norm_forward);
+  define(m, "layer_norm_backward", &Kernels::layer_norm_backward);
+}

@@ -1,0 +1,21 @@
+// Which instruction-set levels this build and this processor have, and the one in use.
+#pragma once
+#include "../kernels.h"
+
+namespace fastgpt {
+
+struct Level {
+  const char* name;
+  const Kernels* kernels;  // null when this build has none
+  bool supported;          // by the processor
+};
+
+constexpr int kLevels = 3;
+const Level* levels();  // from the least to the most capable
+bool cpu_has_bf16();    // avx512_bf16: vdpbf16ps
+bool cpu_has_vnni();    // avx512_vnni: vpdpbusd
+
+const Kernels& active();
+bool select_level(const char* name);  // false when it cannot run here
+
+}  // namespace fastgpt

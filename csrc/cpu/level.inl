@@ -1,0 +1,39 @@
+// One instruction set's table of kernels. Included by level_*.cpp, each compiled with its own flags and LEVEL set.
+// Everything but the table has internal linkage, and no C++ header is included: code compiled for AVX under a shared
+// name could be picked by the linker for a processor without it.
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "../kernels.h"
+#include "pool.h"
+#include "vec.h"
+
+#include "layer_norm.inl"
+
+namespace fastgpt {
+namespace {
+
+// Calls FUNCTION<T>(...) or FUNCTION<T, P>(...) for the element types that the dtypes name.
+#define BY_DTYPE(dtype, FUNCTION, ...) \
+  ((dtype) == kFloat32 ? FUNCTION<float>(__VA_ARGS__) : FUNCTION<bf16>(__VA_ARGS__))
+#define BY_DTYPES(dtype, wdtype, FUNCTION, ...)                                                        \
+  ((dtype) == kFloat32   ? FUNCTION<float, float>(__VA_ARGS__)                                         \
+   : (wdtype) == kFloat32 ? FUNCTION<bf16, float>(__VA_ARGS__)                                         \
+                          : FUNCTION<bf16, bf16>(__VA_ARGS__))
+
+const Kernels table = {
+    LEVEL,
+    W,
+    [](int dtype, int wdtype, const void* x, const void* residual, const void* weight, const void* bias, void* y,
+       void* total, float* mean, float* rstd, int64_t rows, int64_t cols, float eps) {
+      BY_DTYPES(dtype, wdtype, layer_norm_forward, x, residual, weight, bias, y, total, mean, rstd, rows, cols, eps);
+    },
+    [](int dtype, int wdtype, const void* dy, const void* dtotal, const void* x, const void* weight, const float* mean,
+       const float* rstd, void* dx, float* dweight, float* dbias, int64_t rows, int64_t cols) {
+      BY_DTYPES(dtype, wdtype, layer_norm_backward, dy, dtotal, x, weight, mean, rstd, dx, dweight, dbias, rows, cols);
+    },
+};
+
+}  // namespace
+}  // namespace fastgpt

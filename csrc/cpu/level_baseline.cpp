@@ -1,0 +1,6 @@
+#define LEVEL "baseline"
+#include "level.inl"
+
+namespace fastgpt {
+extern const Kernels* const kBaseline = &table;
+}

@@ -1,0 +1,149 @@
+// A vector of W floats over the compiler's vector extension: the same source for SSE2, NEON, AVX2 and AVX-512.
+// Intrinsics stand only where the extension has no word for it (masked tails). All is internal to the file that
+// includes it, which is compiled for one instruction set; only C headers may be included here.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#ifndef FASTGPT_VEC_WIDTH  // a test sets 16 with AVX2 flags, to run the AVX-512 shape of every kernel without AVX-512
+#if defined(__AVX512F__)
+#define FASTGPT_VEC_WIDTH 16
+#elif defined(__AVX2__)
+#define FASTGPT_VEC_WIDTH 8
+#else
+#define FASTGPT_VEC_WIDTH 4
+#endif
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace fastgpt {
+namespace {
+
+constexpr int W = FASTGPT_VEC_WIDTH;
+
+typedef float Vec __attribute__((vector_size(4 * W)));
+typedef int32_t IntVec __attribute__((vector_size(4 * W)));
+typedef uint32_t UintVec __attribute__((vector_size(4 * W)));
+typedef float UnalignedVec __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef uint16_t HalfVec __attribute__((vector_size(2 * W)));
+typedef uint16_t UnalignedHalfVec __attribute__((vector_size(2 * W), aligned(2), may_alias));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+INLINE Vec splat(float a) { return a - Vec{}; }
+INLINE IntVec as_int(Vec a) { return (IntVec)a; }
+INLINE Vec as_float(IntVec a) { return (Vec)a; }
+INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+
+INLINE Vec widen(HalfVec h) { return (Vec)(__builtin_convertvector(h, UintVec) << 16); }
+// Round to nearest even; a NaN stays a NaN.
+INLINE HalfVec narrow(Vec a) {
+  UintVec u = (UintVec)a;
+  UintVec rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16;
+  return __builtin_convertvector(a == a ? rounded : (UintVec)(u >> 16 | 0x40), HalfVec);
+}
+
+INLINE Vec load(const float* p) { return *(const UnalignedVec*)p; }
+INLINE Vec load(const bf16* p) { return widen(*(const UnalignedHalfVec*)p); }
+INLINE void store(float* p, Vec a) { *(UnalignedVec*)p = a; }
+INLINE void store(bf16* p, Vec a) { *(UnalignedHalfVec*)p = narrow(a); }
+
+#if defined(__AVX2__) && FASTGPT_VEC_WIDTH == 8
+INLINE __m256i tail_mask(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+#endif
+
+// The first n < W elements; the lanes beyond are 0 and their memory is not touched.
+INLINE Vec load(const float* p, int n) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+#elif defined(__AVX2__) && FASTGPT_VEC_WIDTH == 8
+  return (Vec)_mm256_maskload_ps(p, tail_mask(n));
+#else
+  Vec a = {};
+  for (int i = 0; i < n; i++) a[i] = p[i];
+  return a;
+#endif
+}
+INLINE void store(float* p, Vec a, int n) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)a);
+#elif defined(__AVX2__) && FASTGPT_VEC_WIDTH == 8
+  _mm256_maskstore_ps(p, tail_mask(n), (__m256)a);
+#else
+  for (int i = 0; i < n; i++) p[i] = a[i];
+#endif
+}
+INLINE Vec load(const bf16* p, int n) {
+  HalfVec h = {};
+  memcpy(&h, p, 2 * n);
+  return widen(h);
+}
+INLINE void store(bf16* p, Vec a, int n) {
+  HalfVec h = narrow(a);
+  memcpy(p, &h, 2 * n);
+}
+
+// Sums of neighbours in a tree: one order for a given W.
+INLINE float reduce_add(Vec a) {
+  float s[W];
+  memcpy(s, &a, sizeof s);
+  for (int step = W / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; i++) s[i] += s[i + step];
+  return s[0];
+}
+INLINE float reduce_max(Vec a) {
+  float m = a[0];
+  for (int i = 1; i < W; i++) m = a[i] > m ? a[i] : m;
+  return m;
+}
+
+INLINE float to_float(float a) { return a; }
+INLINE float to_float(bf16 a) {
+  uint32_t u = (uint32_t)a.bits << 16;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+
+// e**x to about 1 ulp: 0 below -87, infinity above 88.72, NaN for NaN. x = n ln 2 + r, e**r by a polynomial.
+INLINE Vec exp(Vec x) {
+  Vec clamped = max(min(x, splat(89.0f)), splat(-87.0f));
+  clamped = x == x ? clamped : x;
+  Vec shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2**23: rounds to an integer in the low bits
+  Vec n = shifted - 12582912.0f;
+  Vec r = clamped - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  // 2**n in two factors, since n may be 128 where the result is still finite.
+  IntVec exponent = as_int(shifted) - 0x4B400000;
+  Vec scaled = (p + p) * as_float((exponent - 1 + 127) << 23);
+  return x < -87.0f ? Vec{} : scaled;
+}
+
+// Calls task(i) for i in 0 .. count - 1 on the pool.
+template <class Task>
+INLINE void parallel(int64_t count, Task task) {
+  run_tasks(count, [](void* context, int64_t index) { (*(Task*)context)(index); }, &task);
+}
+
+INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+}  // namespace
+}  // namespace fastgpt

@@ -1,0 +1,30 @@
+// The table of CPU kernels: one instance per instruction set, chosen once at load (isa.cpp), called from bindings.cpp.
+// Raw pointers and sizes only. Matrices are row-major; a null pointer stands for an optional tensor that is absent.
+#pragma once
+#include <stdint.h>
+
+namespace fastgpt {
+
+enum Dtype : int { kFloat32 = 0, kBFloat16 = 1 };
+
+struct Kernels {
+  const char* name;
+  int width;  // floats in a vector
+
+  // x, residual, y, total: (rows, cols) of dtype; weight, bias: (cols) of wdtype; mean, rstd: (rows), null when not wanted.
+  // total = x + residual, when residual is given.
+  void (*layer_norm_forward)(int dtype, int wdtype, const void* x, const void* residual, const void* weight,
+                             const void* bias, void* y, void* total, float* mean, float* rstd, int64_t rows,
+                             int64_t cols, float eps);
+  // dx = (gradient through the norm) + dtotal; dtotal, dweight and dbias may be null. dweight, dbias: float32 (cols).
+  void (*layer_norm_backward)(int dtype, int wdtype, const void* dy, const void* dtotal, const void* x,
+                              const void* weight, const float* mean, const float* rstd, void* dx, float* dweight,
+                              float* dbias, int64_t rows, int64_t cols);
+};
+
+// Null where this build has no such level (another architecture).
+extern const Kernels* const kBaseline;
+extern const Kernels* const kAvx2;
+extern const Kernels* const kAvx512;
+
+}  // namespace fastgpt
