@@ -1,1 +1,24 @@
 """fastgpt: a GPT engine with kernels of its own."""
+import importlib
+
+# The public names and where they live. Each is imported at its first use, so that `import fastgpt` costs next to nothing.
+_EXPORTS = {
+    "GPT": "fastgpt.model",
+    "GPTConfig": "fastgpt.config",
+    "SamplingParams": "fastgpt.sampling",
+    "Tokenizer": "fastgpt.tokenizer",
+}
+_MODULES = ("ops", "reference")
+__all__ = ["GPT", "GPTConfig", "SamplingParams", "Tokenizer", "ops", "reference"]
+
+
+def __getattr__(name):
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"fastgpt.{name}")
+    raise AttributeError(f"module 'fastgpt' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})
