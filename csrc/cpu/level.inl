@@ -9,6 +9,7 @@
 #include "pool.h"
 #include "vec.h"
 
+#include "tile.inl"
 #include "layer_norm.inl"
 
 namespace fastgpt {
