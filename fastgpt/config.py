@@ -55,14 +55,14 @@ class GPTConfig:
     def __post_init__(self):
         for name in SIZES:
             if name != "n_inner" or self.n_inner is not None:
-                setattr(self, name, _size(name, getattr(self, name)))
+                setattr(self, name, check_int(name, getattr(self, name), 1, MAX_SIZE))
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd must be a multiple of n_head, got n_embd={self.n_embd}, n_head={self.n_head}")
         for name in ("dropout", *DROPOUTS):
             if name == "dropout" or getattr(self, name) is not None:
-                _check_number(name, getattr(self, name), lambda p: 0 <= p < 1, "in [0, 1)")
-        _check_number("layer_norm_epsilon", self.layer_norm_epsilon, lambda eps: 0 < eps < 1, "in (0, 1)")
-        _check_number("initializer_range", self.initializer_range, lambda std: 0 <= std < 1e6, "non-negative and finite")
+                check_number(name, getattr(self, name), lambda p: 0 <= p < 1, "in [0, 1)")
+        check_number("layer_norm_epsilon", self.layer_norm_epsilon, lambda eps: 0 < eps < 1, "in (0, 1)")
+        check_number("initializer_range", self.initializer_range, lambda std: 0 <= std < 1e6, "non-negative and finite")
         for name in FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
@@ -110,16 +110,18 @@ def _one_dropout(values):
     return {**values, "dropout": dropout, **separate}
 
 
-def _size(name, value):
+def check_int(name, value, low, high=None):
+    """value as an int, if it is one and lies in [low, high]; else an error that names it."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an int, got {value!r}")
     value = operator.index(value)
-    if not 1 <= value <= MAX_SIZE:
-        raise ValueError(f"{name} must be from 1 to {MAX_SIZE}, got {value}")
+    if value < low or high is not None and value > high:
+        raise ValueError(f"{name} must be {f'at least {low}' if high is None else f'from {low} to {high}'}, got {value}")
     return value
 
 
-def _check_number(name, value, accepts, expected):
+def check_number(name, value, accepts, expected):
+    """Raises an error that names `value` unless it is a number that `accepts` takes; `expected` says which those are."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not accepts(value):

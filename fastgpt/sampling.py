@@ -1,0 +1,116 @@
+"""How a next token is chosen: the parameters, under vLLM's names, and the choice itself.
+
+The order is Hugging Face's: repetition penalty, temperature, top-k, softmax, top-p, min-p. Without a seed the draw is
+`torch.multinomial` on torch's generator, as in nanoGPT. With one it inverts the cumulative distribution at a number that is a
+pure function of (seed, sample, position), so that a request replays alone, whatever else is in its batch.
+"""
+from dataclasses import dataclass
+
+import torch
+
+from fastgpt.config import check_int, check_number
+
+GREEDY_BELOW = 1e-5  # logits over a smaller temperature may overflow
+_MASK64 = 2 ** 64 - 1
+
+
+@dataclass
+class SamplingParams:
+    """What to draw from the model's distribution, and when to stop. Wrong values raise an error that names the field.
+
+    max_tokens: new tokens at most. temperature: divides the logits; 0 (or below 1e-5) takes the likeliest token. top_k: only the k
+    likeliest; None, 0 or -1 for all. top_p: only the fewest likeliest tokens that together have this probability. min_p:
+    only tokens at least this likely relative to the likeliest. repetition_penalty: divides the positive
+    and multiplies the negative logits of tokens that the sequence holds already (Keskar et al. 2019, arXiv:1909.05858).
+    n: sequences per prompt. seed: an int in [0, 2**63), a list with one for each prompt, or None for torch's generator.
+    stop: a string or several that end a sequence once its new text holds one; stop_token_ids: ids that do. The
+    sequence keeps what ended it. ignore_eos: the tokenizer's end-of-text token does not end it.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    n: int = 1
+    seed: int | list | None = None
+    stop: str | list | None = None
+    stop_token_ids: list | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self):
+        self.max_tokens = check_int("max_tokens", self.max_tokens, 0)
+        self.n = check_int("n", self.n, 1)
+        self.top_k = None if self.top_k in (None, 0, -1) else check_int("top_k", self.top_k, 1)
+        check_number("temperature", self.temperature, lambda t: 0 <= t < float("inf"), "finite and at least 0")
+        if self.temperature < GREEDY_BELOW:
+            self.temperature = 0.0
+        check_number("top_p", self.top_p, lambda p: 0 < p <= 1, "in (0, 1]")
+        check_number("min_p", self.min_p, lambda p: 0 <= p <= 1, "in [0, 1]")
+        check_number("repetition_penalty", self.repetition_penalty, lambda r: 0 < r < float("inf"), "finite and above 0")
+        if self.seed is not None:
+            several = isinstance(self.seed, (list, tuple))
+            seeds = [check_int("seed", seed, 0, 2 ** 63 - 1) for seed in (self.seed if several else [self.seed])]
+            self.seed = seeds if several else seeds[0]
+        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop must be a non-empty string or a list of them, got {self.stop!r}")
+        self.stop_token_ids = [check_int("stop_token_ids", i, 0) for i in self.stop_token_ids or ()]
+
+
+def choose(logits, params, seen=None, uniforms=None):
+    """The next token of every row: logits (R, V) -> ids (R,).
+
+    seen (R, V) bool: which tokens a row holds already, needed for a repetition penalty. uniforms (R,) float64 in [0, 1): what
+    each row draws; None draws from torch's generator.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if seen is not None:
+        penalty = params.repetition_penalty
+        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    if not torch.isfinite(logits.amax(-1)).all():
+        raise ValueError("the model's logits are not finite: there is no distribution to draw from")
+    if params.temperature == 0:
+        return logits.argmax(-1)
+    probs = distribution(logits, params)
+    return torch.multinomial(probs, 1)[:, 0] if uniforms is None else _invert(probs, uniforms)
+
+
+def distribution(logits, params):
+    """What is drawn from, (R, V), not normalised again after the last filters."""
+    logits = logits / params.temperature
+    if params.top_k is not None:
+        kth = torch.topk(logits, min(params.top_k, logits.shape[-1])).values[:, [-1]]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    probs = torch.softmax(logits, dim=-1)
+    if params.top_p < 1.0:
+        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+        covered = ordered.cumsum(-1) - ordered >= params.top_p  # the likelier tokens have the mass already
+        probs = probs.masked_fill(torch.zeros_like(covered).scatter(-1, order, covered), 0.0)
+    if params.min_p > 0.0:
+        probs = probs.masked_fill(probs < params.min_p * probs.amax(-1, keepdim=True), 0.0)
+    return probs
+
+
+def _invert(probs, uniforms):
+    cdf = probs.double().cumsum(-1)
+    # right: the first token whose cumulative mass exceeds the target, so never one of probability 0
+    return torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)[:, 0]
+
+
+def uniform(seed, sample, position):
+    """A number in [0, 1) with 52 random bits: a pure function of the request's seed, which of its n samples, and the
+    position of the token in the sequence. The mixing is SplitMix64's (Steele et al. 2014)."""
+    state = 0
+    for word in (seed, sample, position):
+        state = _mix64((state ^ word) + 0x9E3779B97F4A7C15)
+    return (state >> 12) * 2.0 ** -52
+
+
+def _mix64(x):
+    x &= _MASK64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return x ^ (x >> 31)
+
