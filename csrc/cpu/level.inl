@@ -10,6 +10,7 @@
 #include "vec.h"
 
 #include "tile.inl"
+#include "gelu.inl"
 #include "layer_norm.inl"
 
 namespace fastgpt {
