@@ -15,6 +15,7 @@ HF_ALIASES = {"n_ctx": "n_positions", "max_position_embeddings": "n_positions", 
 # Hugging Face's defaults where they are not ours.
 HF_DEFAULTS = {"vocab_size": 50257, "activation": "gelu_new",
                "embd_dropout": 0.1, "attn_dropout": 0.1, "resid_dropout": 0.1}
+HF_END_OF_TEXT = 50256  # the bos and eos token that transformers assumes unless told otherwise
 DROPOUTS = ("embd_dropout", "attn_dropout", "resid_dropout")
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_inner")
 FLAGS = ("bias", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "tie_word_embeddings", "gradient_checkpointing")
@@ -99,6 +100,8 @@ class GPTConfig:
         values = {HF_NAMES.get(name, name): value for name, value in asdict(self).items()}
         values["activation_function"] = HF_ACTIVATIONS[self.activation]
         values.update({HF_NAMES[name]: self.rate(name.removesuffix("_dropout")) for name in DROPOUTS})
+        if self.vocab_size <= HF_END_OF_TEXT:
+            values["bos_token_id"] = values["eos_token_id"] = None
         return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **values}
 
 
