@@ -56,4 +56,6 @@ PYBIND11_MODULE(_C, m) {
 
   define(m, "layer_norm_forward", &Kernels::layer_norm_forward);
   define(m, "layer_norm_backward", &Kernels::layer_norm_backward);
+  define(m, "arithmetic", &Kernels::arithmetic);
+  define(m, "read_memory", &Kernels::read_memory);
 }

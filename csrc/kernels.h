@@ -6,6 +6,7 @@
 namespace fastgpt {
 
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1 };
+enum Arithmetic : int { kMultiplyAdds = 0, kBFloat16Dots = 1, kInt8Dots = 2 };
 
 struct Kernels {
   const char* name;
@@ -20,6 +21,12 @@ struct Kernels {
   void (*layer_norm_backward)(int dtype, int wdtype, const void* dy, const void* dtotal, const void* x,
                               const void* weight, const float* mean, const float* rstd, void* dx, float* dweight,
                               float* dbias, int64_t rows, int64_t cols);
+
+  // For the benchmarks (ceilings.inl). sink: (tasks). `steps` times 12 vector instructions of a kind in each task; the dots
+  // only where cpu_has_bf16() or cpu_has_vnni() says so and the level is avx512.
+  void (*arithmetic)(int kind, float* sink, int64_t tasks, int64_t steps);
+  // Each task reads its part of the data `repeats` times.
+  void (*read_memory)(const float* data, int64_t floats, int64_t repeats, float* sink, int64_t tasks);
 };
 
 // Null where this build has no such level (another architecture).

@@ -9,6 +9,7 @@
 #include "pool.h"
 #include "vec.h"
 
+#include "ceilings.inl"
 #include "tile.inl"
 #include "gelu.inl"
 #include "layer_norm.inl"
@@ -35,6 +36,8 @@ const Kernels table = {
        const float* rstd, void* dx, float* dweight, float* dbias, int64_t rows, int64_t cols) {
       BY_DTYPES(dtype, wdtype, layer_norm_backward, dy, dtotal, x, weight, mean, rstd, dx, dweight, dbias, rows, cols);
     },
+    arithmetic,
+    read_memory,
 };
 
 }  // namespace
