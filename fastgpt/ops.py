@@ -94,12 +94,16 @@ def layer_norm(x, weight, bias=None, eps=1e-5):
 def add_layer_norm(x, residual, weight, bias=None, eps=1e-5):
     """The residual add and the layer norm after it, in one pass: (layer_norm(x + residual), x + residual).
 
-    x and residual (..., C) of one shape and dtype, weight (C,), bias (C,) or None.
+    x and residual (..., C) of one shape, weight (C,), bias (C,) or None. The wider of their dtypes is that of both results:
+    under autocast a bfloat16 branch joins a float32 residual stream.
     """
     _check_norm("add_layer_norm", x, weight, bias)
     _check(x.shape == residual.shape,
            f"add_layer_norm: residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
     _check_same_device("add_layer_norm", "residual", residual, x)
+    if x.dtype != residual.dtype:
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(dtype), residual.to(dtype)
     return _implementation("add_layer_norm", x, residual, weight, bias)(x, residual, weight, bias, eps)
 
 
