@@ -1,8 +1,10 @@
 // The Python module fastgpt._C. Pointers come as integers (tensor.data_ptr()), 0 for an absent tensor; shapes and dtypes
 // have been checked by then. Every kernel runs without the GIL.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
+#include <tuple>
 
 #include "cpu/isa.h"
 #include "cpu/pool.h"
@@ -23,6 +25,25 @@ template <class T>
 struct Argument<T*> {
   using Python = uintptr_t;
   static T* cast(uintptr_t a) { return reinterpret_cast<T*>(a); }
+};
+// (dtype, pointer, rows, cols, row stride, column stride)
+template <>
+struct Argument<const Matrix&> {
+  using Python = const std::tuple<int, uintptr_t, int64_t, int64_t, int64_t, int64_t>&;
+  static Matrix cast(Python a) {
+    auto [dtype, data, rows, cols, row, col] = a;
+    return {dtype, reinterpret_cast<void*>(data), rows, cols, row, col};
+  }
+};
+// (bias's dtype, bias, activation, pre, residual)
+template <>
+struct Argument<const Epilogue&> {
+  using Python = const std::tuple<int, uintptr_t, int, uintptr_t, uintptr_t>&;
+  static Epilogue cast(Python a) {
+    auto [dtype, bias, activation, pre, residual] = a;
+    return {dtype, reinterpret_cast<const void*>(bias), activation, reinterpret_cast<void*>(pre),
+            reinterpret_cast<const void*>(residual)};
+  }
 };
 
 template <class... A>
@@ -58,4 +79,5 @@ PYBIND11_MODULE(_C, m) {
   define(m, "layer_norm_backward", &Kernels::layer_norm_backward);
   define(m, "arithmetic", &Kernels::arithmetic);
   define(m, "read_memory", &Kernels::read_memory);
+  define(m, "gemm", &Kernels::gemm);
 }

@@ -7,6 +7,24 @@ namespace fastgpt {
 
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1 };
 enum Arithmetic : int { kMultiplyAdds = 0, kBFloat16Dots = 1, kInt8Dots = 2 };
+enum Activation : int { kNoActivation = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
+
+// A matrix of any strides: element (i, j) is number i * row + j * col of data.
+struct Matrix {
+  int dtype;
+  void* data;
+  int64_t rows, cols, row, col;
+};
+
+// What follows a matrix product: C = activation(product + bias) + residual; pre is product + bias, kept for backward.
+// bias: (cols); residual and pre: of C's dtype and strides. All may be null.
+struct Epilogue {
+  int bias_dtype;
+  const void* bias;
+  int activation;
+  void* pre;
+  const void* residual;
+};
 
 struct Kernels {
   const char* name;
@@ -27,6 +45,10 @@ struct Kernels {
   void (*arithmetic)(int kind, float* sink, int64_t tasks, int64_t steps);
   // Each task reads its part of the data `repeats` times.
   void (*read_memory)(const float* data, int64_t floats, int64_t repeats, float* sink, int64_t tasks);
+
+  // C (M, N) = A (M, K) B (K, N), of any dtypes, summed in float32; C's columns are contiguous. accumulate adds to what
+  // C holds, which must be float32 then.
+  void (*gemm)(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, const Epilogue& epilogue);
 };
 
 // Null where this build has no such level (another architecture).

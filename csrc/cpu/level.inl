@@ -13,6 +13,8 @@
 #include "tile.inl"
 #include "gelu.inl"
 #include "layer_norm.inl"
+#include "pack.inl"
+#include "gemm.inl"
 
 namespace fastgpt {
 namespace {
@@ -38,6 +40,7 @@ const Kernels table = {
     },
     arithmetic,
     read_memory,
+    gemm,
 };
 
 }  // namespace

@@ -18,6 +18,8 @@ namespace {
 constexpr int kTileRows = 14, kTileVecs = 2;
 #elif defined(__aarch64__)
 constexpr int kTileRows = 8, kTileVecs = 3;
+#elif FASTGPT_VEC_WIDTH == 4
+constexpr int kTileRows = 4, kTileVecs = 2;
 #else
 constexpr int kTileRows = 6, kTileVecs = 2;
 #endif

@@ -1,0 +1,194 @@
+// C = A B for matrices of any strides, and what follows it in a linear layer (Goto & van de Geijn 2008, "Anatomy of
+// high-performance matrix multiplication"): blocks of B and A are packed for the caches, tiles of C stay in registers.
+//
+// The order of every sum is fixed: runs of kBlockK products in order of k, added in order. It depends on neither the
+// shape, the tile, the part nor the thread, so a row's result has the same bits in any batch.
+
+namespace fastgpt {
+namespace {
+
+constexpr int64_t kBlockK = 256;                            // a panel of B, 16 KB with 16 columns, stays in L1
+constexpr int64_t kBlockRows = 192 / kTileRows * kTileRows;  // a block of A, 192 KB, in L2
+constexpr int64_t kBlockCols = 1024 / kTileCols * kTileCols;  // a block of B, 1 MB, in L3
+constexpr int64_t kKeptRows = 32;                            // up to here A is packed once, for all of K
+
+struct Product {
+  Matrix a, b, c;
+  bool accumulate;
+  Epilogue epilogue;
+};
+
+// A rectangle of C, or of a block of it.
+struct Part {
+  int64_t row, rows, col, cols;
+};
+
+// out (M, kTileCols) = or += a panel of A times a panel of B.
+template <int M>
+void multiply_panels(const float* a, const float* b, int64_t K, float* out, int64_t out_row, bool add) {
+  Vec sums[M][kTileVecs];
+  UNROLL for (int i = 0; i < M; i++) {
+    UNROLL for (int j = 0; j < kTileVecs; j++) sums[i][j] = Vec{};
+    __builtin_prefetch(out + i * out_row);
+    __builtin_prefetch(out + i * out_row + kTileCols - 1);
+  }
+  multiply_tile(sums, a, 1, kTileRows, b, kTileCols, K);
+  UNROLL for (int i = 0; i < M; i++) {
+    UNROLL for (int j = 0; j < kTileVecs; j++) {
+      float* p = out + i * out_row + j * W;
+      store(p, add ? load(p) + sums[i][j] : sums[i][j]);
+    }
+  }
+}
+
+typedef void (*PanelKernel)(const float*, const float*, int64_t, float*, int64_t, bool);
+template <int M = kTileRows>
+INLINE PanelKernel panel_kernel(int64_t rows) {
+  if constexpr (M > 1)
+    return rows == M ? multiply_panels<M> : panel_kernel<M - 1>(rows);
+  else
+    return multiply_panels<1>;
+}
+
+INLINE Vec load_any(int dtype, const void* p, int64_t index, int lanes) {
+  return dtype == kFloat32 ? load_lanes((const float*)p + index, lanes) : load_lanes((const bf16*)p + index, lanes);
+}
+INLINE void store_any(int dtype, void* p, int64_t index, Vec a, int lanes) {
+  dtype == kFloat32 ? store_lanes((float*)p + index, a, lanes) : store_lanes((bf16*)p + index, a, lanes);
+}
+
+INLINE Vec activate(Vec z, int activation) {
+  if (activation == kGelu) return gelu_erf(z);
+  if (activation == kGeluTanh) return gelu_tanh(z);
+  return activation == kRelu ? max(z, Vec{}) : z;
+}
+
+// C = activation(earlier + sums + bias) + residual for one tile. earlier: the sums of the blocks of K before, or null.
+void finish_tile(const Product& p, Part tile, const float* sums, const float* earlier, int64_t earlier_row) {
+  const Epilogue& e = p.epilogue;
+  for (int64_t i = 0; i < tile.rows; i++) {
+    int64_t at = (tile.row + i) * p.c.row + tile.col;
+    for_columns(tile.cols, [&](int64_t j, int lanes) {
+      Vec z = load(sums + i * kTileCols + j);
+      if (earlier) z = load_lanes(earlier + i * earlier_row + j, lanes) + z;
+      if (e.bias) z = z + load_any(e.bias_dtype, e.bias, tile.col + j, lanes);
+      if (e.pre) store_any(p.c.dtype, e.pre, at + j, z, lanes);
+      z = activate(z, e.activation);
+      if (e.residual) z = z + load_any(p.c.dtype, e.residual, at + j, lanes);
+      store_any(p.c.dtype, p.c.data, at + j, z, lanes);
+    });
+  }
+}
+
+// Adds a tile's sums to the partial sums in front of its last block of K.
+void add_tile(Part tile, const float* sums, float* out, int64_t out_row, bool add) {
+  for (int64_t i = 0; i < tile.rows; i++)
+    for_columns(tile.cols, [&](int64_t j, int lanes) {
+      float* p = out + i * out_row + j;
+      Vec z = load(sums + i * kTileCols + j);
+      store_lanes(p, add ? load_lanes(p, lanes) + z : z, lanes);
+    });
+}
+
+// The partial sums of a part between blocks of K: C itself where it is float32.
+struct Partial {
+  float* data;
+  int64_t stride, row, col;
+  float* at(int64_t i, int64_t j) const { return data + (i - row) * stride + j - col; }
+};
+
+struct Step {
+  int64_t K;
+  bool first, last;
+};
+
+// A packed block of A times a packed block of B.
+void multiply_block(const Product& p, Part block, Step step, const float* a, const float* b, Partial partial) {
+  alignas(64) float sums[kTileRows * kTileCols];
+  const Epilogue& e = p.epilogue;
+  bool plain = p.c.dtype == kFloat32 && !e.bias && !e.residual && !e.pre && e.activation == kNoActivation;
+  bool add = !step.first || p.accumulate;
+  for (int64_t j = 0; j < block.cols; j += kTileCols)
+    for (int64_t i = 0; i < block.rows; i += kTileRows) {
+      Part tile = {block.row + i, min(kTileRows, block.rows - i), block.col + j, min(kTileCols, block.cols - j)};
+      const float *a_panel = a + i * step.K, *b_panel = b + j * step.K;
+      float* out = partial.at(tile.row, tile.col);
+      PanelKernel multiply = panel_kernel(tile.rows);
+      bool store_now = !step.last || plain;
+      if (store_now && tile.cols == kTileCols) {
+        multiply(a_panel, b_panel, step.K, out, partial.stride, add);
+        continue;
+      }
+      multiply(a_panel, b_panel, step.K, sums, kTileCols, false);
+      if (store_now)
+        add_tile(tile, sums, out, partial.stride, add);
+      else
+        finish_tile(p, tile, sums, add ? out : nullptr, partial.stride);
+    }
+}
+
+INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// One thread's part of C.
+void multiply_part(const Product& p, Part part) {
+  int64_t K = p.a.cols;
+  bool keep = part.rows <= kKeptRows;
+  int64_t block_cols = min(part.cols, keep ? 4 * kTileCols : kBlockCols);
+  int64_t a_size = keep ? round_up(part.rows, kTileRows) * K : kBlockRows * kBlockK;
+  int64_t b_size = round_up(block_cols, kTileCols) * kBlockK;
+  bool own_partial = p.c.dtype != kFloat32 && K > kBlockK;
+  int64_t partial_size = own_partial ? part.rows * block_cols : 0;
+  float* a = (float*)scratch(kGemmScratch, sizeof(float) * (round_up(a_size + W, 16) + b_size + W + partial_size));
+  float* b = a + round_up(a_size + W, 16);
+  if (keep)
+    for (int64_t k = 0; k < K; k += kBlockK)
+      pack_rows(p.a, part.row, part.row + part.rows, k, min(kBlockK, K - k), a + k * round_up(part.rows, kTileRows));
+  for (int64_t j = 0; j < part.cols; j += block_cols) {
+    Part block = {part.row, part.rows, part.col + j, min(block_cols, part.cols - j)};
+    Partial partial = {(float*)p.c.data, p.c.row, 0, 0};
+    if (own_partial) partial = {b + b_size + W, block_cols, block.row, block.col};
+    for (int64_t k = 0; k == 0 || k < K; k += kBlockK) {
+      Step step = {min(kBlockK, K - k), k == 0, k + kBlockK >= K};
+      pack_columns(p.b, block.col, block.col + block.cols, k, step.K, b);
+      for (int64_t i = 0; i < part.rows; i += kBlockRows) {
+        Part rows = {part.row + i, min(kBlockRows, part.rows - i), block.col, block.cols};
+        if (!keep) pack_rows(p.a, rows.row, rows.row + rows.rows, k, step.K, a);
+        multiply_block(p, rows, step, keep ? a + k * round_up(part.rows, kTileRows) : a, b, partial);
+      }
+    }
+  }
+}
+
+// Into how many parts C is cut, along its rows and its columns.
+struct Grid {
+  int64_t rows, cols;
+};
+
+INLINE Grid choose_grid(int64_t M, int64_t N, int64_t K) {
+  int64_t parts = threads();
+  if (M * N * K < (1 << 17)) return {1, 1};
+  Grid best = {1, 1};
+  double least = 1e300;
+  for (int64_t r = 1; r <= parts; r++) {
+    int64_t c = parts / r;
+    double m = round_up(ceil_div(M, r), kTileRows), n = round_up(ceil_div(N, c), kTileCols);
+    double cost = m * n / kTileCols * kTileVecs + m + n;
+    if (cost < least) least = cost, best = {r, c};
+  }
+  return best;
+}
+
+void gemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, const Epilogue& epilogue) {
+  int64_t M = c.rows, N = c.cols, K = a.cols;
+  if (M == 0 || N == 0) return;
+  Product product = {a, b, c, accumulate, epilogue};
+  Grid grid = choose_grid(M, N, K);
+  int64_t rows = round_up(ceil_div(M, grid.rows), kTileRows), cols = round_up(ceil_div(N, grid.cols), kTileCols);
+  parallel(ceil_div(M, rows) * ceil_div(N, cols), [&](int64_t t) {
+    int64_t row = t / ceil_div(N, cols) * rows, col = t % ceil_div(N, cols) * cols;
+    multiply_part(product, {row, min(rows, M - row), col, min(cols, N - col)});
+  });
+}
+
+}  // namespace
+}  // namespace fastgpt
