@@ -1,7 +1,6 @@
 // The Python module fastgpt._C. Pointers come as integers (tensor.data_ptr()), 0 for an absent tensor; shapes and dtypes
 // have been checked by then. Every kernel runs without the GIL.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <string>
 #include <tuple>
