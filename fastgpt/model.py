@@ -106,21 +106,21 @@ class GPT(nn.Module):
         })
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
-        self.apply(self._init_weights)
-        for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # 2 * n_layer branches add up in the residual stream
-                nn.init.normal_(p, std=config.initializer_range / math.sqrt(2 * config.n_layer))
+        if not self.lm_head.weight.is_meta:  # shapes alone have nothing to draw
+            self.init_weights()
 
     def tie_weights(self):
         """Makes the head and the token embedding one parameter, if the config says so."""
         if self.config.tie_word_embeddings:
             self.transformer.wte.weight = self.lm_head.weight
 
-    def _init_weights(self, module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+    def init_weights(self):
+        """Draws all weights anew, as GPT-2 and nanoGPT do (a seed gives nanoGPT's own); norms are left as they are."""
+        std = self.config.initializer_range
+        self.apply(lambda module: _init_module(module, std))
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # 2 * n_layer branches add up in the residual stream
+                nn.init.normal_(p, std=std / math.sqrt(2 * self.config.n_layer))
 
     def forward(self, idx, targets=None, *, return_logits=True):
         """idx (B, T) token ids -> (logits, loss).
@@ -239,6 +239,13 @@ class GPT(nn.Module):
         T = self.config.block_size
         flops_per_token = 6 * self.get_num_params() + 12 * self.config.n_layer * self.config.n_embd * T
         return flops_per_token * T * fwdbwd_per_iter / dt / peak_flops
+
+
+def _init_module(module, std):
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=std)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 
 def _check_ids(idx):
