@@ -24,8 +24,8 @@ class Tokenizer:
         backend.no_truncation()  # settings for fixed-size batches, which would silently change what a text becomes
         backend.no_padding()
         self.backend = backend
-        self.eos_id = None if eos_token is None else backend.token_to_id(eos_token)
-        self.eos_token = None if self.eos_id is None else eos_token
+        self.eos_token_id = None if eos_token is None else backend.token_to_id(eos_token)
+        self.eos_token = None if self.eos_token_id is None else eos_token
 
     @classmethod
     def from_file(cls, path):
@@ -65,7 +65,7 @@ class Tokenizer:
         give so many merges gives fewer tokens.
         """
         if vocab_size < 257:
-            raise ValueError(f"train_bpe: vocab_size must be at least 257 (256 bytes and {END_OF_TEXT}), got {vocab_size}")
+            raise ValueError(f"train_bpe: vocab_size must be at least 257 (bytes and {END_OF_TEXT}), got {vocab_size}")
         backend = _byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size, min_frequency=2, show_progress=False, special_tokens=[END_OF_TEXT],
@@ -86,7 +86,7 @@ class Tokenizer:
         return cls(backend)
 
     def save(self, path):
-        """Writes `path` (a name ending in .json), or tokenizer.json and tokenizer_config.json into the folder `path`."""
+        """Writes the file `path` (its name ends in .json), or tokenizer.json and its config into the folder `path`."""
         path = Path(path)
         if path.suffix == ".json":
             path.write_text(self.backend.to_str(), encoding="utf-8")
@@ -145,8 +145,8 @@ class Tokenizer:
         except KeyError as error:
             character = error.args[0]
             raise ValueError(
-                f"the character {character!r} (U+{ord(character):04X}) at position {text.index(character)} is not among "
-                f"the {self.vocab_size} characters that this tokenizer knows") from None
+                f"the character {character!r} (U+{ord(character):04X}) at position {text.index(character)} is not "
+                f"among the {self.vocab_size} characters that this tokenizer knows") from None
 
     def _checked(self, ids):
         ids = [int(i) for i in ids]
@@ -164,7 +164,7 @@ class Tokenizer:
         """{character: id} when every token is one character and nothing else has a say, else None."""
         parts = (self.backend.model, self.backend.decoder, self.backend.pre_tokenizer)
         kinds = (models.WordLevel, decoders.Fuse, pre_tokenizers.Split)
-        if not all(isinstance(*pair) for pair in zip(parts, kinds)) or self.backend.normalizer is not None:
+        if not all(isinstance(*pair) for pair in zip(parts, kinds, strict=True)) or self.backend.normalizer is not None:
             return None
         vocab = self.backend.get_vocab()
         return vocab if all(len(token) == 1 for token in vocab) else None
@@ -256,7 +256,7 @@ def _download(name):
     try:
         return snapshot_download(name, allow_patterns=["tokenizer*.json", "vocab.json", "merges.txt"])
     except Exception as error:  # the hub client's many kinds of network and name errors
-        raise FileNotFoundError(f"tokenizer: no file or folder {name!r}, and the hub did not give it ({error})") from error
+        raise FileNotFoundError(f"tokenizer: no file or folder {name!r}, and the hub gave none ({error})") from error
 
 
 def _check_text(text):
@@ -279,7 +279,7 @@ def _token_bytes(token):
 
 
 def _byte_alphabet():
-    """GPT-2's byte alphabet: printable Latin-1 bytes are themselves, the others, in order, characters from U+0100 on."""
+    """GPT-2's byte alphabet: printable Latin-1 bytes are themselves, the others in order are characters from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}

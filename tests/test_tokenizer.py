@@ -10,7 +10,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from fastgpt.tokenizer import END_OF_TEXT, Tokenizer
 
 CORPUS = "To be, or not to be: that is the question.\nWhether 'tis nobler in the mind to suffer\n" * 20
-HARD = ["", " ", "\n\n \t x", "naïve café — 日本語 🎉👩‍👩‍👧 \x00\x7f\u0300", "\ufffd", "don't  stop", "\ufeff", f"a{END_OF_TEXT}b", "\r\n\r"]
+HARD = ["", " ", "\n\n \t x", "naïve café — 日本語 🎉👩‍👩‍👧 \x00\x7f\u0300", "\ufffd", "don't  stop",
+        "\ufeff", f"a{END_OF_TEXT}b", "\r\n\r"]
 GPT2_FILES = Path(__file__).parents[2] / "shared" / "data" / "gpt2"
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 
@@ -73,7 +74,7 @@ def test_stream_holds_back_the_bytes_of_a_character(bpe):
 
 def test_stream_and_decode_skip_special_tokens_when_asked(bpe):
     ids = bpe.encode(f"to be{END_OF_TEXT}or")
-    assert bpe.eos_id in ids
+    assert bpe.eos_token_id in ids
     assert bpe.decode(ids, skip_special=True) == "to beor"
     stream = bpe.stream(skip_special=True)
     assert "".join(map(stream.push, ids)) + stream.flush() == "to beor"
@@ -90,7 +91,7 @@ def test_stream_of_a_tokenizer_whose_tokens_are_not_bytes():
 
 
 def test_characters_are_sorted_and_exact(chars):
-    assert chars.vocab_size == len(set(CORPUS)) and chars.eos_id is None and chars.kind == "character"
+    assert chars.vocab_size == len(set(CORPUS)) and chars.eos_token_id is None and chars.kind == "character"
     assert chars.encode("".join(sorted(set(CORPUS)))) == list(range(chars.vocab_size))
     assert chars.encode(CORPUS) == chars.backend.encode(CORPUS).ids
     assert chars.decode(chars.encode(CORPUS)) == CORPUS
@@ -110,7 +111,7 @@ def test_save_and_load_and_transformers_reads_it(kind, request, tmp_path):
     for again in (Tokenizer.from_dir(tmp_path), Tokenizer.from_file(tmp_path / "tokenizer.json"),
                   Tokenizer.from_pretrained(str(tmp_path))):
         assert again.encode(CORPUS) == ids and again.decode(ids) == CORPUS
-        assert (again.vocab_size, again.eos_id, again.kind) == (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.kind)
+        assert (again.vocab_size, again.eos_token_id, again.kind) == (tokenizer.vocab_size, tokenizer.eos_token_id, tokenizer.kind)
     for theirs in (PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json")),
                    AutoTokenizer.from_pretrained(tmp_path)):
         assert theirs(CORPUS)["input_ids"] == ids and theirs.decode(ids) == CORPUS
@@ -122,14 +123,14 @@ def test_gpt2_files_agree_with_transformers(gpt2_folder):
     theirs = GPT2TokenizerFast.from_pretrained(gpt2_folder)
     for text in [CORPUS, *HARD]:
         assert ours.encode(text) == theirs(text)["input_ids"], repr(text)
-    assert ours.eos_id == theirs.eos_token_id == ours.encode(END_OF_TEXT)[0]
+    assert ours.eos_token_id == theirs.eos_token_id == ours.encode(END_OF_TEXT)[0]
     assert Tokenizer.from_file(gpt2_folder / "merges.txt").encode(CORPUS) == ours.encode(CORPUS)
 
 
 @pytest.mark.skipif(not GPT2_FILES.is_dir(), reason=f"GPT-2's own files are not at {GPT2_FILES}")
 def test_gpt2_itself():
     gpt2 = Tokenizer.from_dir(GPT2_FILES)
-    assert gpt2.vocab_size == 50257 and gpt2.eos_id == 50256
+    assert gpt2.vocab_size == 50257 and gpt2.eos_token_id == 50256
     assert gpt2.encode("Hello world, it's 2024!") == [15496, 995, 11, 340, 338, 48609, 0]
     for text in HARD:
         assert gpt2.decode(gpt2.encode(text)) == text
@@ -161,7 +162,7 @@ def test_eos_comes_from_the_config(tmp_path):
     Tokenizer.characters("ab#").save(tmp_path)
     for eos in ("#", {"content": "#", "lstrip": False}):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
-        assert Tokenizer.from_dir(tmp_path).eos_id == 0
+        assert Tokenizer.from_dir(tmp_path).eos_token_id == 0
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(ValueError, match="tokenizer_config.json is not a valid JSON object"):
         Tokenizer.from_dir(tmp_path)
