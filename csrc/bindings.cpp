@@ -79,4 +79,6 @@ PYBIND11_MODULE(_C, m) {
   define(m, "arithmetic", &Kernels::arithmetic);
   define(m, "read_memory", &Kernels::read_memory);
   define(m, "gemm", &Kernels::gemm);
+  define(m, "gelu_forward", &Kernels::gelu_forward);
+  define(m, "gelu_backward", &Kernels::gelu_backward);
 }

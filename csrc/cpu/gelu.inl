@@ -107,5 +107,74 @@ INLINE Vec gelu_tanh_grad(Vec x) {
   return x < 0.0f ? d : 1.0f - d;
 }
 
+struct Erf {
+  static INLINE Vec value(Vec x) { return gelu_erf(x); }
+  static INLINE Vec grad(Vec x) { return gelu_erf_grad(x); }
+};
+struct Tanh {
+  static INLINE Vec value(Vec x) { return gelu_tanh(x); }
+  static INLINE Vec grad(Vec x) { return gelu_tanh_grad(x); }
+};
+
+constexpr int64_t kGeluCols = 8192, kGeluRows = 4;  // a task's columns at most; the rows that share a look at the bias
+
+// f(first row, rows, first column, columns) for blocks of at most `height` rows, in parallel.
+template <class F>
+INLINE void for_blocks(int64_t rows, int64_t cols, int64_t height, F f) {
+  int64_t across = ceil_div(cols, kGeluCols);
+  parallel(ceil_div(rows, height) * across, [=](int64_t task) {
+    int64_t i = task / across * height, j = task % across * kGeluCols;
+    f(i, min(height, rows - i), j, min(kGeluCols, cols - j));
+  });
+}
+
+// y = gelu(x + bias)
+template <class T, class Form>
+void gelu_forward(const void* x, const void* bias, void* y, int64_t rows, int64_t cols) {
+  int64_t height = max(1, 2 * kGeluCols / max(1, cols));
+  for_blocks(rows, cols, height, [=](int64_t i, int64_t count, int64_t j0, int64_t width) {
+    const T* b = bias ? (const T*)bias + j0 : nullptr;
+    for (int64_t end = i + count; i < end; i++) {
+      const T* in = (const T*)x + i * cols + j0;
+      T* out = (T*)y + i * cols + j0;
+      for_columns(width, [&](int64_t j, int lanes) {
+        Vec a = load_lanes(in + j, lanes);
+        store_lanes(out + j, Form::value(b ? a + load_lanes(b + j, lanes) : a), lanes);
+      });
+    }
+  });
+}
+
+// dx = dy gelu'(x + bias); sums (cols), if not null, gets dx's sum over these rows.
+template <class T, class Form>
+void gelu_backward_block(const T* dy, const T* x, const T* bias, T* dx, float* sums, int64_t rows, int64_t stride,
+                         int64_t cols) {
+  if (sums) memset(sums, 0, sizeof(float) * cols);
+  for (int64_t i0 = 0; i0 < rows; i0 += kGeluRows)
+    for_columns(cols, [&](int64_t j, int lanes) {
+      Vec b = bias ? load_lanes(bias + j, lanes) : Vec{}, sum = {};
+      for (int64_t at = i0 * stride + j, end = min(rows, i0 + kGeluRows) * stride; at < end; at += stride) {
+        Vec d = load_lanes(dy + at, lanes) * Form::grad(load_lanes(x + at, lanes) + b);
+        store_lanes(dx + at, d, lanes);
+        sum = sum + d;
+      }
+      if (sums) store_lanes(sums + j, load_lanes(sums + j, lanes) + sum, lanes);
+    });
+}
+
+template <class T, class Form>
+void gelu_backward(const void* dy, const void* x, const void* bias, void* dx, float* dbias, int64_t rows,
+                   int64_t cols) {
+  Partials partials = partials_of(rows);
+  float* sums = dbias ? (float*)scratch(kKernelScratch, sizeof(float) * partials.count * cols) : nullptr;
+  int64_t height = dbias ? partials.rows : max(1, 2 * kGeluCols / max(1, cols));
+  for_blocks(rows, cols, height, [=](int64_t i, int64_t count, int64_t j, int64_t width) {
+    int64_t at = i * cols + j;
+    gelu_backward_block<T, Form>((const T*)dy + at, (const T*)x + at, bias ? (const T*)bias + j : nullptr, (T*)dx + at,
+                                 sums ? sums + i / height * cols + j : nullptr, count, cols, width);
+  });
+  if (dbias) add_partials(sums, cols, partials.count, dbias, cols);
+}
+
 }  // namespace
 }  // namespace fastgpt

@@ -4,28 +4,6 @@
 namespace fastgpt {
 namespace {
 
-// f(column, lanes): lanes is W but for the tail. Written once so that no loop below spells out its tail.
-template <class F>
-INLINE void for_columns(int64_t cols, F f) {
-  int64_t j = 0;
-  for (; j + W <= cols; j += W) f(j, W);
-  if (j < cols) f(j, (int)(cols - j));
-}
-template <class T>
-INLINE Vec load_lanes(const T* p, int lanes) {
-  return lanes == W ? load(p) : load(p, lanes);
-}
-template <class T>
-INLINE void store_lanes(T* p, Vec a, int lanes) {
-  lanes == W ? store(p, a) : store(p, a, lanes);
-}
-// Lanes beyond the row's end count as 0 in a sum of squares.
-INLINE Vec first_lanes(Vec a, int lanes) {
-  if (lanes == W) return a;
-  for (int i = lanes; i < W; i++) a[i] = 0.0f;
-  return a;
-}
-
 template <class T, class P>
 void layer_norm_rows(const T* x, const T* residual, const P* weight, const P* bias, T* y, T* total, float* mean,
                      float* rstd, int64_t begin, int64_t end, int64_t cols, float eps) {

@@ -11,6 +11,7 @@
 
 #include "ceilings.inl"
 #include "tile.inl"
+#include "rows.inl"
 #include "gelu.inl"
 #include "layer_norm.inl"
 #include "pack.inl"
@@ -27,6 +28,11 @@ namespace {
    : (wdtype) == kFloat32 ? FUNCTION<bf16, float>(__VA_ARGS__)                                         \
                           : FUNCTION<bf16, bf16>(__VA_ARGS__))
 
+// Calls FUNCTION<T, Form>(...) for the element type and GELU's form.
+#define BY_GELU(dtype, tanh, FUNCTION, ...)                                                                     \
+  ((dtype) == kFloat32 ? ((tanh) ? FUNCTION<float, Tanh>(__VA_ARGS__) : FUNCTION<float, Erf>(__VA_ARGS__))      \
+                       : ((tanh) ? FUNCTION<bf16, Tanh>(__VA_ARGS__) : FUNCTION<bf16, Erf>(__VA_ARGS__)))
+
 const Kernels table = {
     LEVEL,
     W,
@@ -41,6 +47,11 @@ const Kernels table = {
     arithmetic,
     read_memory,
     gemm,
+    [](int dtype, int tanh, const void* x, const void* bias, void* y, int64_t rows, int64_t cols) {
+      BY_GELU(dtype, tanh, gelu_forward, x, bias, y, rows, cols);
+    },
+    [](int dtype, int tanh, const void* dy, const void* x, const void* bias, void* dx, float* dbias, int64_t rows,
+       int64_t cols) { BY_GELU(dtype, tanh, gelu_backward, dy, x, bias, dx, dbias, rows, cols); },
 };
 
 }  // namespace

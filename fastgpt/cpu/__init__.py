@@ -1,9 +1,10 @@
 """The C++ kernels for the CPU behind `fastgpt.ops`: one file an op, in the order launchers, op definitions, function."""
 from fastgpt.cpu.extension import MISSING
+from fastgpt.cpu.gelu import bias_gelu, gelu
 from fastgpt.cpu.launch import DTYPES
 from fastgpt.cpu.layer_norm import add_layer_norm, layer_norm
 
-KERNELS = {"layer_norm": layer_norm, "add_layer_norm": add_layer_norm}
+KERNELS = {"gelu": gelu, "bias_gelu": bias_gelu, "layer_norm": layer_norm, "add_layer_norm": add_layer_norm}
 MAX_HEAD_SIZE = 256
 
 
