@@ -159,6 +159,8 @@ def _check_prompts(idx, vocab_size):
     """idx as a list of 1-D int64 tensors, each with at least one token, all tokens inside the vocabulary."""
     if isinstance(idx, torch.Tensor) and idx.dim() != 2:
         raise ValueError(f"idx must have shape (B, T) or be a list of token-id lists, got shape {tuple(idx.shape)}")
+    if not hasattr(idx, "__iter__"):
+        raise TypeError(f"idx must be a (B, T) tensor or a list of token-id lists, got {type(idx).__name__}")
     prompts = []
     for p, ids in enumerate(idx):
         try:
