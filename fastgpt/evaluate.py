@@ -89,7 +89,7 @@ def score(model, tokens, plan, batch):
         rows = slice(at, at + batch)
         x, y = take_windows(tokens, starts[rows], length)
         places = torch.from_numpy(starts[rows, None] + np.arange(length))
-        y[places < torch.from_numpy(first[rows, None])] = -1
+        y = y.masked_fill(places < torch.from_numpy(first[rows, None]), -1)
         scored = int((y >= 0).sum())
         _, loss = model(x.to(device), y.to(device), return_logits=False)
         nats, count = nats + loss.item() * scored, count + scored

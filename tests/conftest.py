@@ -39,3 +39,12 @@ def _poisoned(make):
         tensor = make(*args, **kwargs)
         return tensor.fill_(float("nan")) if type(tensor) is torch.Tensor and tensor.is_floating_point() else tensor
     return poisoned
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tests whose matrices are so small that they only suffer from a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -21,6 +21,7 @@ from fastgpt.train.log import plot_log, read_log
 from fastgpt.train.saving import kept_at, recover, replaced_folder
 from fastgpt.train.trainer import choose_dtype, last_folder, learning_rate, load_state
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = "".join(f"{n} men went to mow, went to mow a meadow. " for n in range(60))
 CHARS = Tokenizer.characters(TEXT)
 QUICK = dict(batch=4, eval_every=4, eval_tokens=64, lr=0.01)
@@ -95,12 +96,13 @@ def test_split_keeps_every_character_and_the_end_for_validation(fraction):
 
 @pytest.mark.parametrize("make", [Tokenizer.characters, lambda text: Tokenizer.train_bpe(text, 300)])
 def test_a_text_encoded_in_pieces_is_the_text_encoded_whole(make, monkeypatch):
-    text = TEXT + "\n\n  \t\n a  b\n" * 9 + "nospace" * 50
-    tokenizer = make(text)
+    text, unbroken = TEXT + "\n\n  \t\n a  b\n" * 9, "nospace" * 50
+    tokenizer = make(text + unbroken)
+    whole = tokenizer.encode(text)
     monkeypatch.setattr(corpus, "PIECE", 37)
     ids = encode_texts([text], tokenizer)
-    assert ids.dtype == np.uint16 and tokenizer.decode(ids) == text
-    assert ids[:1500].tolist() == tokenizer.encode(text)[:1500]
+    assert ids.dtype == np.uint16 and ids.tolist() == whole
+    assert tokenizer.decode(encode_texts([text + unbroken], tokenizer)) == text + unbroken
 
 
 def test_end_of_text_stands_between_texts():
@@ -189,7 +191,6 @@ def test_dtype_comes_with_a_reason():
 # Training
 
 def test_it_learns_and_leaves_what_it_should(tmp_path):
-    before = torch.get_rng_state()
     trainer = make_trainer(tmp_path, model=make_model(), steps=40, eval_every=20, batch=16)
     result = trainer.run()
     records = read_log(tmp_path / "log.jsonl")
@@ -197,7 +198,6 @@ def test_it_learns_and_leaves_what_it_should(tmp_path):
     assert records[0]["loss"] == pytest.approx(math.log(CHARS.vocab_size), abs=0.2)
     assert result.best_loss < 2.4 and records[-1]["val_perplexity"] == pytest.approx(math.exp(result.best_loss))
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 41))
-    assert torch.equal(torch.get_rng_state(), before) or True
     for name in ("last", "best"):
         assert_same_weights(weights(GPT.from_pretrained(str(tmp_path / name))), weights(trainer.model))
         assert Tokenizer.from_dir(tmp_path / name).decode(CHARS.encode("mow")) == "mow"
@@ -418,7 +418,6 @@ def file_size_limit():
 def test_a_full_disk_keeps_the_checkpoint_before(share, tmp_path, file_size_limit):
     trainer = make_trainer(tmp_path, steps=8)
     trainer.data.val = trainer.data.val[:0]
-    trainer.validated = trainer._validate
     size = 4 * sum(p.numel() for p in trainer.model.parameters())
 
     def fill_the_disk():
@@ -437,6 +436,7 @@ KILLED_RUN = """
 import sys
 sys.path.insert(0, sys.argv[2])
 import test_train as t
+t.torch.set_num_threads(1)
 trainer = t.make_trainer(sys.argv[1], steps=1000000, warmup=5)
 trainer.run()
 """
