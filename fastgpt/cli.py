@@ -1,4 +1,4 @@
-"""The command line: `fastgpt train | eval | generate | info`. What a user can get wrong ends in one line and status 2."""
+"""The command line: `fastgpt train | eval | generate | info`. A user's error ends in one line and status 2."""
 import argparse
 import os
 import sys
@@ -22,7 +22,7 @@ def main(argv=None):
         return status
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output has gone, as `head` does; Python's own flush at exit must not complain
+    except BrokenPipeError:  # whoever read our output has gone, as `head` does; the flush at exit must not complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (OSError, ValueError, RuntimeError, ArithmeticError, ImportError, MemoryError) as error:
@@ -36,16 +36,17 @@ def make_parser():
     command.add_arguments(verbs.add_parser("train", help="train a model on text, or go on training one"))
     _add_eval(verbs.add_parser("eval", help="measure how well a model predicts a text"))
     _add_generate(verbs.add_parser("generate", help="write text with a model"))
-    info = verbs.add_parser("info", help="show versions, hardware, and which kernels run", description="Shows versions, "
-                            "the hardware, and for each op and device which implementation answers and why.")
+    info = verbs.add_parser("info", help="show versions, hardware, and which kernels run")
+    info.description = "Shows versions, the hardware, and for each op and device which implementation answers and why."
     info.set_defaults(run=show_info)
     return parser
 
 
 def _add_model(parser):
-    parser.add_argument("--model", metavar="MODEL", help="a model's or a training run's folder, nanoGPT's ckpt.pt, or a "
-                        "Hugging Face hub id (default: the small Shakespeare model that comes with fastgpt)")
-    parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json, or a folder with one (default: the model's)")
+    parser.add_argument("--model", metavar="MODEL", help="a model's or a training run's folder, nanoGPT's ckpt.pt, or "
+                        "a Hugging Face hub id (default: the small Shakespeare model that comes with fastgpt)")
+    parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json, or a folder with one (default: the "
+                        "model's)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
 
 
@@ -53,9 +54,10 @@ def _add_eval(parser):
     parser.description = "Measures how well a model predicts a text, in windows that slide over it by --stride tokens."
     parser.add_argument("text", metavar="TEXT", help="a text file, a folder of them, or - for standard input")
     _add_model(parser)
-    parser.add_argument("--context", type=int, metavar="N", help="tokens in a window (default: the model's block size)")
-    parser.add_argument("--stride", type=int, metavar="N", help="tokens from one window to the next, each window scoring "
-                        "only new ones (default: half the context)")
+    add = parser.add_argument
+    add("--context", type=int, metavar="N", help="tokens in a window (default: the most that the model takes)")
+    add("--stride", type=int, metavar="N", help="tokens from one window to the next, each window scoring only new ones "
+        "(default: half the context)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.set_defaults(run=run_eval)
 
@@ -67,9 +69,9 @@ def _add_generate(parser):
         "(default: a line break)")
     _add_model(parser)
     add("--max-tokens", type=int, default=200, metavar="N", help="new tokens at most (default: 200)")
-    add("--temperature", type=float, default=0.8, metavar="X", help="below 1 likelier, above 1 wilder text (default: 0.8)")
+    add("--temperature", type=float, default=0.8, metavar="X", help="below 1 likelier, above 1 wilder (default: 0.8)")
     add("--top-k", type=int, metavar="N", help="draw from the N likeliest tokens only")
-    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the fewest tokens that together have probability P")
+    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the fewest tokens of probability P together")
     add("--min-p", type=float, default=0.0, metavar="P", help="drop tokens less likely than P times the likeliest")
     add("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: avoid tokens already there")
     add("--greedy", action="store_true", help="always take the likeliest token")
@@ -107,7 +109,8 @@ def run_generate(args):
     seed = int.from_bytes(os.urandom(4), "little") if args.seed is None else args.seed
     params = SamplingParams(
         max_tokens=args.max_tokens, temperature=0.0 if args.greedy else args.temperature, top_k=args.top_k,
-        top_p=args.top_p, min_p=args.min_p, repetition_penalty=args.repetition_penalty, n=args.n, seed=seed, stop=args.stop)
+        top_p=args.top_p, min_p=args.min_p, repetition_penalty=args.repetition_penalty, n=args.n, seed=seed,
+        stop=args.stop)
     model, tokenizer = _load(args)
     talk.write(model, tokenizer, prompt, params)
     if not args.no_compare:

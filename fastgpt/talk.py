@@ -22,8 +22,8 @@ def write(model, tokenizer, prompt, params, file=None):
     ids = encode_prompt(tokenizer, prompt)
     if params.n > 1:
         rows = model.generate([ids], params=params, tokenizer=tokenizer)
-        texts = (StopFilter(params.stop).push(tokenizer.decode(row[len(ids):], skip_special=True), True) for row in rows)
-        file.write(SEPARATOR.join(prompt + text for text in texts) + "\n")
+        texts = (tokenizer.decode(row[len(ids):], skip_special=True) for row in rows)
+        file.write(SEPARATOR.join(prompt + StopFilter(params.stop).push(text, last=True) for text in texts) + "\n")
         return
     stream, stop_filter = tokenizer.stream(skip_special=True), StopFilter(params.stop)
 

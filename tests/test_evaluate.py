@@ -41,7 +41,8 @@ def naive_nats(model, ids, context, stride):
 
 
 @pytest.mark.parametrize("tokenizer", [CHARS, BPE], ids=["characters", "bpe"])
-@pytest.mark.parametrize("context,stride,text", [(12, 5, TEXT[:90]), (7, 7, TEXT[:91]), (12, 1, TEXT[:40]), (12, 6, "Señ")])
+@pytest.mark.parametrize("context,stride,text",
+                         [(12, 5, TEXT[:90]), (7, 7, TEXT[:91]), (12, 1, TEXT[:40]), (12, 6, "Señ")])
 def test_it_is_the_definition(tokenizer, context, stride, text):
     model, ids = make_model(tokenizer.vocab_size), tokenizer.encode(text)
     result = evaluate(model, tokenizer, text, context, stride, batch=4)
@@ -85,7 +86,7 @@ def test_bad_input_is_named():
     for stride in (0, 13):
         with pytest.raises(ValueError, match=f"stride must be from 1 to the context 12, got {stride}"):
             evaluate(model, CHARS, TEXT, stride=stride)
-    with pytest.raises(ValueError, match=f"the tokenizer has {BPE.vocab_size} tokens, the model only {CHARS.vocab_size}"):
+    with pytest.raises(ValueError, match=f"has {BPE.vocab_size} tokens, the model only {CHARS.vocab_size}"):
         evaluate(model, BPE, TEXT)
     with pytest.raises(ValueError, match="'Q'.*is not among"):
         evaluate(model, CHARS, "Q" + TEXT)

@@ -111,7 +111,8 @@ def test_save_and_load_and_transformers_reads_it(kind, request, tmp_path):
     for again in (Tokenizer.from_dir(tmp_path), Tokenizer.from_file(tmp_path / "tokenizer.json"),
                   Tokenizer.from_pretrained(str(tmp_path))):
         assert again.encode(CORPUS) == ids and again.decode(ids) == CORPUS
-        assert (again.vocab_size, again.eos_token_id, again.kind) == (tokenizer.vocab_size, tokenizer.eos_token_id, tokenizer.kind)
+        for name in ("vocab_size", "eos_token_id", "eos_token", "kind"):
+            assert getattr(again, name) == getattr(tokenizer, name)
     for theirs in (PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json")),
                    AutoTokenizer.from_pretrained(tmp_path)):
         assert theirs(CORPUS)["input_ids"] == ids and theirs.decode(ids) == CORPUS

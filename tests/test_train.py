@@ -40,7 +40,8 @@ def make_trainer(out, data=None, model=None, tokenizer=CHARS, **config):
 
 
 def losses(out):
-    return [(r["step"], r.get("loss"), r.get("val_loss"), r.get("grad_norm")) for r in read_log(Path(out) / "log.jsonl")]
+    names = ("step", "loss", "val_loss", "grad_norm")
+    return [tuple(r.get(name) for name in names) for r in read_log(Path(out) / "log.jsonl")]
 
 
 def weights(model):
@@ -396,13 +397,12 @@ def test_an_error_while_saving_leaves_the_old_folder(tmp_path):
     path = tmp_path / "last"
     with replaced_folder(path) as folder:
         (folder / "a").write_text("old")
-    with pytest.raises(OSError, match="cannot save .*last: disk on fire; the one saved before is intact"):
-        with replaced_folder(path) as folder:
-            (folder / "a").write_text("new")
-            raise RuntimeError("disk on fire")
-    with pytest.raises(KeyboardInterrupt):
-        with replaced_folder(path):
-            raise KeyboardInterrupt
+    message = "cannot save .*last: disk on fire; the one saved before is intact"
+    with pytest.raises(OSError, match=message), replaced_folder(path) as folder:
+        (folder / "a").write_text("new")
+        raise RuntimeError("disk on fire")
+    with pytest.raises(KeyboardInterrupt), replaced_folder(path):
+        raise KeyboardInterrupt
     assert [p.name for p in tmp_path.iterdir()] == ["last"] and (path / "a").read_text() == "old"
 
 

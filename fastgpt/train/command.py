@@ -10,8 +10,9 @@ from fastgpt.train.config import TrainConfig
 # layers, heads, width, context
 SIZES = {"tiny": (4, 4, 128, 128), "mini": (6, 6, 192, 256), "small": (6, 6, 384, 256), "gpt2": (12, 12, 768, 1024)}
 SHAPE = ("layers", "heads", "width")
-DESCRIPTION = """Trains a GPT on text: a new model, or with --init one that exists. The folder --out then holds the checkpoints
-best and last, log.jsonl and loss.png. Ctrl-C saves and stops; --resume goes on from there, exactly as if nothing had been."""
+DESCRIPTION = """Trains a GPT on text: a new model, or with --init one that exists. The folder --out then holds the
+checkpoints best and last, log.jsonl and loss.png. Ctrl-C saves and stops; --resume goes on from there, exactly as if
+nothing had been."""
 
 
 def add_arguments(parser):
@@ -145,7 +146,8 @@ def _new(args, config, parts):
     from fastgpt import GPT, GPTConfig
     tokenizer = make_tokenizer(args.tokenizer or "char", *parts)
     *shape, context = SIZES[args.size or "tiny"]
-    layers, heads, width = (given or size for given, size in zip((args.layers, args.heads, args.width), shape))
+    given = (args.layers, args.heads, args.width)
+    layers, heads, width = (size if g is None else g for g, size in zip(given, shape, strict=True))
     model = GPT(GPTConfig(block_size=config.context or context, vocab_size=tokenizer.vocab_size, n_layer=layers,
                           n_head=heads, n_embd=width, dropout=args.dropout or 0.0, bias=False))
     return model, tokenizer
@@ -224,8 +226,9 @@ def _conclude(trainer, result):
     out = Path(trainer.config.out)
     ends = {"done": "finished", "early": f"no better for {trainer.config.patience} validations: stopped",
             "interrupted": "interrupted"}
-    best = "" if result.best_loss is None else f"; best validation loss {result.best_loss:.4f} at step {result.best_step}"
-    print(f"{ends[result.why]} at step {result.step}{best}")
+    best = result.best_loss
+    print(f"{ends[result.why]} at step {result.step}"
+          + ("" if best is None else f"; best validation loss {best:.4f} at step {result.best_step}"))
     if result.why == "interrupted":
         print(f"go on with: fastgpt train --resume --out {out}")
     else:

@@ -228,7 +228,7 @@ def choose_dtype(name, device_type):
     if device_type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = device_type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        native = device_type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     if native:
         return torch.bfloat16, f"this {device_type} multiplies bfloat16"
     return torch.float32, f"this {device_type} has no bfloat16 arithmetic"
