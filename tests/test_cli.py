@@ -58,7 +58,7 @@ def test_help_reads_well(verb, capsys):
 
 def test_help_is_quick():
     code = "import sys, fastgpt.cli as c; c.make_parser().format_help(); print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 def test_every_setting_has_a_flag_and_only_those_given_are_set():

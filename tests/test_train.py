@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,12 @@ from fastgpt.train.trainer import choose_dtype, last_folder, learning_rate, load
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = "".join(f"{n} men went to mow, went to mow a meadow. " for n in range(60))
 CHARS = Tokenizer.characters(TEXT)
-QUICK = dict(batch=4, eval_every=4, eval_tokens=64, lr=0.01)
+QUICK = {"batch": 4, "eval_every": 4, "eval_tokens": 64, "lr": 0.01}
 
 
 def make_model(seed=0, **config):
     torch.manual_seed(seed)
-    shape = dict(block_size=16, vocab_size=CHARS.vocab_size, n_layer=2, n_head=2, n_embd=16, bias=False)
+    shape = {"block_size": 16, "vocab_size": CHARS.vocab_size, "n_layer": 2, "n_head": 2, "n_embd": 16, "bias": False}
     return GPT(GPTConfig(**{**shape, **config}))
 
 
@@ -153,6 +154,8 @@ def test_bad_data_is_named(tmp_path):
         make_trainer(tmp_path, context=17)
     with pytest.raises(ValueError, match="patience needs validation text"):
         make_trainer(tmp_path, TokenData(np.zeros(50, int)), patience=1)
+    with pytest.raises(ValueError, match="ema needs validation text"):
+        make_trainer(tmp_path, TokenData(np.zeros(50, int)), ema=0.9)
     with pytest.raises(ValueError, match="samples need a tokenizer"):
         make_trainer(tmp_path, tokenizer=None, sample=5)
 
@@ -176,8 +179,8 @@ def test_learning_rate_warms_up_and_ends_at_its_share():
     c = TrainConfig(steps=1000, warmup=10, lr=1.0, final_lr=0.1)
     rates = [learning_rate(c, step) for step in range(1000)]
     assert rates[0] == pytest.approx(1 / 11) and rates[10] == 1.0 and rates[-1] == pytest.approx(0.1)
-    assert all(a < b for a, b in zip(rates[:10], rates[1:11], strict=True))
-    assert all(a > b for a, b in zip(rates[10:-1], rates[11:], strict=True))
+    assert all(a < b for a, b in pairwise(rates[:11]))
+    assert all(a > b for a, b in pairwise(rates[10:]))
     assert rates[10 + 495] == pytest.approx(0.55, abs=0.01)
     assert learning_rate(TrainConfig(steps=1, lr=1.0), 0) == 1.0
     assert max(learning_rate(TrainConfig(steps=20, lr=1.0), s) for s in range(20)) == 1.0  # warmup 100 is cut to 2
@@ -247,6 +250,24 @@ def test_bfloat16_trains_with_float32_weights(tmp_path):
     np.testing.assert_allclose(results["float32"], results["bfloat16"], rtol=0.02)
 
 
+def test_the_average_is_validated_and_kept_as_best_and_the_run_goes_on_without_it(tmp_path):
+    plain = make_trainer(tmp_path / "plain", steps=8)
+    plain.run()
+    trainer = make_trainer(tmp_path / "ema", steps=8, ema=0.5)
+    seen, update = [], trainer.average.update
+    trainer.average.update = lambda step: (seen.append(weights(trainer.model)), update(step))
+    trainer.run()
+    assert [s[:2] for s in losses(tmp_path / "ema")] == [s[:2] for s in losses(tmp_path / "plain")]
+    expected = weights(make_model(dropout=0.2))
+    for step, w in enumerate(seen, 1):
+        share = 1 - min(0.5, step / (step + 9))
+        expected = {name: (1 - share) * p + share * w[name] for name, p in expected.items()}
+    best = weights(GPT.from_pretrained(str(tmp_path / "ema" / "best")))
+    for name, p in expected.items():
+        torch.testing.assert_close(best[name], p, rtol=1e-5, atol=1e-6)
+    assert losses(tmp_path / "ema")[-1][2] != losses(tmp_path / "plain")[-1][2]
+
+
 def test_without_validation_text_only_last_is_kept(tmp_path):
     result = make_trainer(tmp_path, TokenData(CHARS.encode(TEXT)), steps=4).run()
     assert result.best_loss is None and not (tmp_path / "best").exists() and (tmp_path / "last").exists()
@@ -283,11 +304,12 @@ def test_it_runs_outside_the_main_thread(tmp_path):
 # Going on
 
 @pytest.mark.parametrize("config,settings", [
-    (dict(dropout=0.2), dict(accumulate=2)),
-    (dict(dropout=0.1, bias=True, tie_word_embeddings=False, activation="relu"), dict(dtype="bfloat16")),
+    ({"dropout": 0.2}, {"accumulate": 2}),
+    ({"dropout": 0.1}, {"ema": 0.9}),
+    ({"dropout": 0.1, "bias": True, "tie_word_embeddings": False, "activation": "relu"}, {"dtype": "bfloat16"}),
 ])
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(config, settings, tmp_path):
-    settings = dict(steps=14, **settings)
+    settings = {"steps": 14, **settings}
     whole = make_trainer(tmp_path / "whole", model=make_model(**config), **settings)
     whole.run()
     part = make_trainer(tmp_path / "part", model=make_model(**config), **settings)
@@ -299,6 +321,8 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(config, setting
     assert again.step == 7 and again.run().step == 14
     assert losses(tmp_path / "part") == losses(tmp_path / "whole")
     assert_same_weights(weights(whole.model), weights(again.model))
+    best = [weights(GPT.from_pretrained(str(tmp_path / name / "best"))) for name in ("whole", "part")]
+    assert_same_weights(*best)
 
 
 def test_a_run_can_be_made_longer_and_its_settings_changed(tmp_path):
@@ -379,7 +403,7 @@ def test_a_kill_anywhere_in_a_save_leaves_the_old_or_the_new_folder(tmp_path):
         with replaced_folder(path) as folder:
             for name in "ab":
                 (folder / name).write_text("old")
-        done = subprocess.run([sys.executable, "-c", KILLED_SAVE, path, str(operations)], timeout=60)
+        done = subprocess.run([sys.executable, "-c", KILLED_SAVE, path, str(operations)], timeout=60, check=False)
         content = {(kept_at(path) / name).read_text() for name in "ab"}
         assert len(content) == 1
         seen += content

@@ -2,7 +2,7 @@
 import importlib
 
 _EXPORTS = {"Result": "trainer", "TokenData": "data", "TrainConfig": "config", "Trainer": "trainer"}
-__all__ = [*_EXPORTS]
+__all__ = ["Result", "TokenData", "TrainConfig", "Trainer"]
 
 
 def __getattr__(name):

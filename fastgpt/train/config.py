@@ -36,6 +36,7 @@ class TrainConfig:
     beta1: float = share(0.9, "AdamW's memory of gradients")
     beta2: float = share(0.99, "AdamW's memory of their squares")
     clip: float = non_negative(1.0, "largest norm of the gradients; 0: any")
+    ema: float = share(0.0, "decay of an average of the weights, to be validated and kept as best in their place; 0: none")
     dtype: str = setting("auto", "float32, bfloat16 (autocast), or auto: bfloat16 where the hardware multiplies it",
                          choices=("auto", "float32", "bfloat16"))
     eval_every: int = positive(250, "steps between validations, each with a checkpoint")

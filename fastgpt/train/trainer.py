@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fastgpt.evaluate import perplexity, plan_windows, score
+from fastgpt.train.average import Average
 from fastgpt.train.config import TrainConfig
 from fastgpt.train.data import Windows
 from fastgpt.train.log import Progress, RunLog
@@ -47,6 +48,7 @@ class Trainer:
         self.dtype, self.dtype_reason = choose_dtype(self.config.dtype, self.device.type)
         betas = (self.config.beta1, self.config.beta2)
         self.optimizer = model.configure_optimizers(self.config.weight_decay, self.config.lr, betas, self.device.type)
+        self.average = Average(model.parameters(), self.config.ema) if self.config.ema else None
         self.step, self.loss, self.saved_step = 0, None, None
         self.best_loss, self.best_step, self.stale = None, None, 0
 
@@ -119,6 +121,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        if self.average is not None:
+            self.average.update(self.step)
         return loss, lr, norm
 
     def _backward(self, n):
@@ -132,10 +136,12 @@ class Trainer:
 
     def _milestone(self):
         """Validation, a checkpoint, a sample."""
-        text = f"step {self.step}: " + self._validate() + self._save_last()
-        self.progress.say(text)
-        if self.config.sample:
-            self.progress.say(self._sample())
+        with contextlib.nullcontext() if self.average is None else self.average.in_place():
+            text = f"step {self.step}: " + self._validate()
+            sample = self._sample() if self.config.sample else None
+        self.progress.say(text + self._save_last())
+        if sample:
+            self.progress.say(sample)
 
     def _validate(self):
         if len(self.data.val) < 2:
@@ -170,7 +176,7 @@ class Trainer:
     def _save_last(self):
         state = {"step": self.step, "best_loss": self.best_loss, "best_step": self.best_step, "stale": self.stale,
                  "config": dataclasses.asdict(self.config), "data": self.data.fingerprint(),
-                 "optimizer": self.optimizer.state_dict()}
+                 "optimizer": self.optimizer.state_dict(), "average": self.average and self.average.tensors}
         self._save("last", state)
         self.saved_step = self.step
         return f"saved in {Path(self.config.out) / 'last'}"
@@ -189,6 +195,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         for group, settings in zip(self.optimizer.param_groups, chosen, strict=True):
             group.update(settings)  # those of the config, should they have been changed
+        if self.average is not None and state["average"] is not None:
+            torch._foreach_copy_(self.average.tensors, state["average"])
         self.step = self.saved_step = state["step"]
         self.best_loss, self.best_step, self.stale = state["best_loss"], state["best_step"], state["stale"]
 
@@ -206,8 +214,9 @@ class Trainer:
             raise ValueError(f"context must be at most the model's block size {block_size}, got {self.context}")
         if self.data.largest() >= size:
             raise ValueError(f"the text has token id {self.data.largest()}, but the model only {size} tokens")
-        if self.config.patience and len(self.data.val) < 2:
-            raise ValueError("patience needs validation text, and there is none")
+        for name in ("patience", "ema"):
+            if getattr(self.config, name) and len(self.data.val) < 2:
+                raise ValueError(f"{name} needs validation text, and there is none")
         if self.config.sample and not (self.tokenizer and self.tokenizer.encode(self.config.prompt)):
             raise ValueError("samples need a tokenizer and a prompt of at least one token")
 
@@ -248,7 +257,7 @@ def load_state(folder):
     path = Path(folder) / "trainer.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"step", "best_loss", "best_step", "stale", "config", "data", "optimizer"} - set(state)
+        missing = {"step", "best_loss", "best_step", "stale", "config", "data", "optimizer", "average"} - set(state)
     except Exception as error:  # whatever a broken archive makes the reader raise
         raise ValueError(f"{path} is not a trainer's state ({type(error).__name__}: {error})") from error
     if missing:
