@@ -8,6 +8,9 @@
 #include "cpu/isa.h"
 #include "cpu/pool.h"
 #include "kernels.h"
+#ifdef FASTGPT_CUDA  // set by setup.py, as is FASTGPT_BUILD_RECORD
+#include "cuda/device.h"
+#endif
 
 namespace py = pybind11;
 using namespace fastgpt;
@@ -56,21 +59,39 @@ py::list level_list() {
   py::list all;
   for (int i = 0; i < kLevels; i++) {
     const Level& level = levels()[i];
-    all.append(py::make_tuple(level.name, level.kernels != nullptr, level.supported));
+    all.append(py::make_tuple(level.name, level.kernels != nullptr, level.lacking));
   }
   return all;
+}
+
+py::tuple cuda_devices() {
+  py::list all;
+#ifdef FASTGPT_CUDA
+  constexpr int kCapacity = 64;
+  static cuda::Device found[kCapacity];  // guarded by the GIL
+  char reason[256] = "";
+  int count = cuda::devices(found, kCapacity, reason);
+  for (int i = 0; i < count; i++)
+    all.append(py::make_tuple(found[i].name, found[i].major, found[i].minor, found[i].memory));
+  return py::make_tuple(all, count ? py::object(py::none()) : py::object(py::str(reason)));
+#else
+  return py::make_tuple(all, "this build has no CUDA part");
+#endif
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The kernels of fastgpt, by raw pointers.";
-  m.def("levels", &level_list, "(name, in this build, supported by this processor), from the least capable");
+  m.attr("BUILD") = FASTGPT_BUILD_RECORD;
+  m.def("levels", &level_list, "(name, in this build, what the processor lacks for it), from the least capable");
   m.def("select_level", &select_level);
   m.def("active_level", [] { return active().name; });
   m.def("vector_width", [] { return active().width; });
   m.def("cpu_has_bf16", &cpu_has_bf16);
   m.def("cpu_has_vnni", &cpu_has_vnni);
+  m.def("cuda_devices", &cuda_devices,
+        "([(name, compute capability's major and minor, bytes of memory)], why there is none or None)");
   m.def("threads", &threads);
   m.def("set_threads", &set_threads, py::call_guard<py::gil_scoped_release>());
 

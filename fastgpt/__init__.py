@@ -7,9 +7,12 @@ _EXPORTS = {
     "GPTConfig": "fastgpt.config",
     "SamplingParams": "fastgpt.sampling",
     "Tokenizer": "fastgpt.tokenizer",
+    "get_num_threads": "fastgpt.cpu.extension",
+    "set_num_threads": "fastgpt.cpu.extension",
 }
 _MODULES = ("ops", "reference")
-__all__ = ["GPT", "GPTConfig", "SamplingParams", "Tokenizer", "ops", "reference"]
+__all__ = ["GPT", "GPTConfig", "SamplingParams", "Tokenizer", "get_num_threads", "ops", "reference",
+           "set_num_threads"]
 
 
 def __getattr__(name):

@@ -2,25 +2,36 @@
 
 #include <string.h>
 
+#include <atomic>
+#include <initializer_list>
+
 namespace fastgpt {
 namespace {
 
-const Kernels* selected = nullptr;
+std::atomic<const Kernels*> selected{nullptr};
 
+// The compiler's own test looks at the processor and at whether the system saves its registers.
 #if defined(__x86_64__)
 #define CPU_HAS(feature) (__builtin_cpu_supports(feature) != 0)
 #else
 #define CPU_HAS(feature) false
 #endif
+#define LACKING(feature) (CPU_HAS(feature) ? nullptr : feature)
+
+const char* first(std::initializer_list<const char*> lacking) {
+  for (const char* feature : lacking)
+    if (feature) return feature;
+  return nullptr;
+}
 
 }  // namespace
 
 const Level* levels() {
   static const Level all[kLevels] = {
-      {"baseline", kBaseline, true},
-      {"avx2", kAvx2, CPU_HAS("avx2") && CPU_HAS("fma")},
+      {"baseline", kBaseline, nullptr},
+      {"avx2", kAvx2, first({LACKING("avx2"), LACKING("fma")})},
       {"avx512", kAvx512,
-       CPU_HAS("avx512f") && CPU_HAS("avx512bw") && CPU_HAS("avx512vl") && CPU_HAS("avx512dq") && CPU_HAS("fma")},
+       first({LACKING("fma"), LACKING("avx512f"), LACKING("avx512bw"), LACKING("avx512vl"), LACKING("avx512dq")})},
   };
   return all;
 }
@@ -31,7 +42,7 @@ bool cpu_has_vnni() { return CPU_HAS("avx512vnni"); }
 bool select_level(const char* name) {
   for (int i = 0; i < kLevels; i++) {
     const Level& level = levels()[i];
-    if (!strcmp(level.name, name) && level.kernels && level.supported) {
+    if (!strcmp(level.name, name) && level.kernels && !level.lacking) {
       selected = level.kernels;
       return true;
     }

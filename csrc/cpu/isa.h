@@ -7,7 +7,7 @@ namespace fastgpt {
 struct Level {
   const char* name;
   const Kernels* kernels;  // null when this build has none
-  bool supported;          // by the processor
+  const char* lacking;     // an instruction set that the level needs and the processor lacks; null when it has them all
 };
 
 constexpr int kLevels = 3;

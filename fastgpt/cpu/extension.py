@@ -8,7 +8,8 @@ try:
     MISSING = None
 except ImportError as error:
     _C = None
-    MISSING = f"the extension fastgpt._C is not there ({error}); reinstall with FASTGPT_BUILD=auto"
+    MISSING = (f"the extension fastgpt._C can't be imported ({error}): it was not built, or built with "
+               "FASTGPT_BUILD=none; reinstall fastgpt with FASTGPT_BUILD=auto")
 
 LEVELS = ("baseline", "avx2", "avx512")
 
@@ -16,23 +17,26 @@ LEVELS = ("baseline", "avx2", "avx512")
 def _choose_level():
     """The most capable level that this build and this processor have, capped by FASTGPT_CPU_ISA: (name, reason)."""
     cap = os.environ.get("FASTGPT_CPU_ISA")
-    if cap is None:
-        name = [name for name, _, _ in _C.levels() if level_refusal(name) is None][-1]
-        return name, "the most capable that the processor has"
-    if cap not in LEVELS:
+    if cap is not None and cap not in LEVELS:
         raise ValueError(f"FASTGPT_CPU_ISA={cap!r}: expected one of {', '.join(LEVELS)}")
+    if _C is None:
+        if cap is not None:
+            raise RuntimeError(f"FASTGPT_CPU_ISA={cap}: {MISSING}")
+        return None, MISSING
+    if cap is None:
+        return [name for name in LEVELS if level_refusal(name) is None][-1], "the most capable that can run here"
     refusal = level_refusal(cap)
     if refusal:
-        raise RuntimeError(f"FASTGPT_CPU_ISA={cap}: {refusal}")
+        raise RuntimeError(f"FASTGPT_CPU_ISA={cap}: {refusal}; unset it, or cap at a lower level")
     return cap, "FASTGPT_CPU_ISA"
 
 
 def level_refusal(name):
     """Why a level can't be used here, or None."""
-    built, supported = {n: (b, s) for n, b, s in _C.levels()}[name]
+    built, lacking = {n: (b, lacks) for n, b, lacks in _C.levels()}[name]
     if not built:
-        return f"this build has no {name} kernels (it is for another architecture)"
-    return None if supported else f"the processor has no {name}"
+        return f"this build has no {name} kernels: it is for another architecture"
+    return f"the processor lacks {lacking}" if lacking else None
 
 
 def use_level(name):
@@ -43,70 +47,103 @@ def use_level(name):
     _C.select_level(name)
 
 
-def usable_cpus():
+def usable_cpus(proc="/proc/self"):
     """The processors this process may use: the affinity mask, cut by the cgroup's quota: (count, reason)."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cgroup_quota()
-    if quota is not None and quota < count:
-        return max(1, int(quota)), f"a cgroup quota of {quota:g} processors"
-    return count, "the affinity mask"
+    if hasattr(os, "sched_getaffinity"):
+        count, reason = len(os.sched_getaffinity(0)), "the processors of the affinity mask"
+    else:
+        count, reason = os.cpu_count() or 1, "the machine's processors"
+    quota, path = min(_cgroup_quotas(Path(proc)), default=(None, None))
+    if quota is None or quota >= count:
+        return count, reason
+    return max(1, int(quota)), f"a quota of {quota:g} processors in {path}, of {count} in the affinity mask"
 
 
-def _cgroup_quota():
-    """The processors' worth of time that the control group allows (version 2, then 1), or None without a limit."""
-    quotas = [_read_quota(path, version) for path, version in _quota_files()]
-    return min((q for q in quotas if q is not None), default=None)
+def _cgroup_quotas(proc):
+    """The limits (processors' worth of time, the file) of the process's control group and of every group above it."""
+    for mount, group, name, read in _cgroups(proc):
+        for folder in (group, *group.parents):
+            quota = read(folder / name)
+            if quota is not None:
+                yield quota, str(folder / name)
+            if folder == mount:
+                break
 
 
-def _quota_files(root="/sys/fs/cgroup", membership="/proc/self/cgroup"):
-    """The limits of the process's own group and of every group above it: the smallest one holds."""
+def _cgroups(proc):
+    """(mount point, the process's group below it, limit file, its reader) for each hierarchy that limits the CPU."""
     try:
-        lines = Path(membership).read_text().splitlines()
-    except OSError:
+        mounts = (proc / "mountinfo").read_text().splitlines()
+        groups = [line.split(":", 2) for line in (proc / "cgroup").read_text().splitlines()]
+    except OSError:  # not Linux, or no /proc: no limit to be seen
         return
-    for line in lines:
-        _, controllers, group = line.split(":", 2)
-        if controllers == "":
-            base, name, version = Path(root), "cpu.max", 2
-        elif "cpu" in controllers.split(","):
-            base, name, version = Path(root, "cpu"), "cpu.cfs_quota_us", 1
+    for line in mounts:
+        fields, _, rest = line.partition(" - ")
+        kind, _, options = (rest.split() + ["", "", ""])[:3]
+        if kind == "cgroup2":
+            mine, limit = [g for _, controllers, g in groups if controllers == ""], ("cpu.max", _read_v2)
+        elif kind == "cgroup" and "cpu" in options.split(","):
+            mine, limit = [g for _, c, g in groups if "cpu" in c.split(",")], ("cpu.cfs_quota_us", _read_v1)
         else:
             continue
-        folder = base / group.lstrip("/")
-        while True:
-            yield folder / name, version
-            if folder == base or base not in folder.parents:
-                break
-            folder = folder.parent
+        root, mount = (_unescape(field) for field in fields.split()[3:5])
+        for group in mine:
+            yield Path(mount), _below(Path(mount), root, group), *limit
 
 
-def _read_quota(path, version):
+def _below(mount, root, group):
+    """Where a group lies below the mount of `root`. A container sees its own group as the mount itself."""
     try:
-        if version == 2:
-            quota, period = path.read_text().split()
-            return None if quota == "max" else int(quota) / int(period)
+        relative = Path(group).relative_to(root)
+    except ValueError:
+        return mount
+    return mount if ".." in relative.parts else mount / relative
+
+
+def _unescape(field):
+    """mountinfo writes blanks and backslashes as octal escapes."""
+    return field.encode("latin-1", "backslashreplace").decode("unicode_escape") if "\\" in field else field
+
+
+def _read_v2(path):
+    """A quota and its period in microseconds, or "max" and a period -> processors; None without a limit."""
+    try:
+        quota, period = path.read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):  # the root group has no such file, and a container may not see those above its own
+        return None
+
+
+def _read_v1(path):
+    try:
         quota, period = int(path.read_text()), int(path.with_name("cpu.cfs_period_us").read_text())
         return None if quota <= 0 else quota / period
-    except (OSError, ValueError):  # no such file: no limit at this level
+    except (OSError, ValueError):
         return None
 
 
 def set_num_threads(count):
-    """The number of threads of the CPU kernels (not of PyTorch's own ops)."""
-    if not isinstance(count, int) or not 1 <= count <= 1024:
-        raise ValueError(f"set_num_threads: expected an int from 1 to 1024, got {count!r}")
-    if _C is not None:
-        _C.set_threads(count)
+    """Sets the number of threads of the CPU kernels (PyTorch's own ops have torch.set_num_threads).
+
+    count: 1 to 1024. Raises RuntimeError without the extension.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 1024:
+        raise ValueError(f"set_num_threads: count must be an int from 1 to 1024, got {count!r}")
+    if _C is None:
+        raise RuntimeError(f"set_num_threads: {MISSING}")
+    _C.set_threads(count)
 
 
 def get_num_threads():
+    """The number of threads of the CPU kernels, the calling thread among them; 1 without the extension."""
     return _C.threads() if _C is not None else 1
 
 
+LEVEL, LEVEL_REASON = _choose_level()
 if _C is None:
-    LEVEL, LEVEL_REASON = None, MISSING
+    THREADS_REASON = MISSING
     warnings.warn(f"fastgpt runs on its PyTorch reference, slower: {MISSING}", stacklevel=2)
 else:
-    LEVEL, LEVEL_REASON = _choose_level()
     _C.select_level(LEVEL)
-    set_num_threads(usable_cpus()[0])
+    _threads, THREADS_REASON = usable_cpus()
+    set_num_threads(min(_threads, 1024))
