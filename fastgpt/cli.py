@@ -125,12 +125,11 @@ def show_info(args):
 
 
 def _load(args):
-    import torch
-
-    from fastgpt.loading import check_vocabulary, load_model
+    from fastgpt.loading import check_vocabulary, choose_device, load_model
+    device = choose_device(args.device)
     model, tokenizer = load_model(args.model, args.tokenizer)
     check_vocabulary(model, tokenizer)
-    return model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
+    return model.to(device), tokenizer
 
 
 def _standard_input():

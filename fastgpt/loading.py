@@ -1,4 +1,5 @@
 """A model and its tokenizer from wherever a user says they are."""
+import re
 from pathlib import Path
 
 from fastgpt.train.saving import kept_at
@@ -23,6 +24,23 @@ def load_model(path=None, tokenizer=None, override=None):
         return model, Tokenizer.from_pretrained(str(place.parent if place.is_file() else place))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; name the model's tokenizer with --tokenizer") from None
+
+
+def choose_device(name=None):
+    """The torch.device `name` or, for None, cuda if there is one. On the CPU torch is kept from taking more threads than
+    a control group gives this process processors, which it does not look at itself."""
+    import torch
+
+    from fastgpt.cpu.extension import usable_cpus
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name}: torch sees {torch.cuda.device_count()} CUDA devices here")
+    if device.type == "cpu":
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()[0]))
+    return device
 
 
 def checkpoint_folder(path):

@@ -68,7 +68,9 @@ def train(args):
 def _started(args, out, changes):
     import torch
 
+    from fastgpt.loading import choose_device
     from fastgpt.train import Trainer
+    device = choose_device(args.device)
     _refuse_to_overwrite(args, out)
     config = TrainConfig(out=str(out), **_with_defaults(args, changes))
     if not args.paths:
@@ -77,7 +79,7 @@ def _started(args, out, changes):
     sources = {"paths": args.paths, "val": args.val, "val_fraction": _fraction(args)}
     parts = _read(sources)
     model, tokenizer = _initial(args, parts) if args.init else _new(args, config, parts)
-    trainer = Trainer(model.to(_device(args)), _tokens(parts, tokenizer), config, tokenizer)
+    trainer = Trainer(model.to(device), _tokens(parts, tokenizer), config, tokenizer)
     _clear(out)
     _record(out, sources)
     return trainer
@@ -85,6 +87,7 @@ def _started(args, out, changes):
 
 def _resumed(args, out, changes):
     from fastgpt import Tokenizer
+    from fastgpt.loading import choose_device
     from fastgpt.train import Trainer
     from fastgpt.train.trainer import last_folder
     for name in ("init", "size", *SHAPE, "dropout", "tokenizer", "val_fraction"):
@@ -97,7 +100,7 @@ def _resumed(args, out, changes):
     if args.val is not None:
         sources["val"] = args.val
     data = _tokens(_read(sources), tokenizer)
-    return Trainer.resume(out, data, tokenizer, device=_device(args), **changes)
+    return Trainer.resume(out, data, tokenizer, device=choose_device(args.device), **changes)
 
 
 def _refuse_to_overwrite(args, out):
@@ -177,11 +180,6 @@ def make_tokenizer(spec, training, validation=()):
     if not spec[4:].isdecimal():
         raise ValueError(f"--tokenizer bpe:SIZE needs a number, got {spec!r}")
     return Tokenizer.train_bpe(training, int(spec[4:]))
-
-
-def _device(args):
-    import torch
-    return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _clear(out):

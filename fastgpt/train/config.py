@@ -28,7 +28,7 @@ class TrainConfig:
     batch: int = positive(32, "windows in a forward pass")
     accumulate: int = positive(1, "forward passes in a step, their gradients averaged")
     context: int = non_negative(0, "tokens in a window; 0: the model's block size")
-    lr: float = positive(1e-3, "highest learning rate")
+    lr: float = positive(1e-3, "highest learning rate; with --init 0.0001 unless given")
     final_lr: float = setting(0.1, "learning rate at the end, as a share of lr", test=lambda v: 0 <= v <= 1,
                               expected="in [0, 1]")
     warmup: int = non_negative(100, "steps of linear warmup, at most a tenth of all; a cosine follows")
