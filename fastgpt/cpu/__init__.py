@@ -3,8 +3,10 @@ from fastgpt.cpu.extension import MISSING
 from fastgpt.cpu.gelu import bias_gelu, gelu
 from fastgpt.cpu.launch import DTYPES
 from fastgpt.cpu.layer_norm import add_layer_norm, layer_norm
+from fastgpt.cpu.linear import linear
 
-KERNELS = {"gelu": gelu, "bias_gelu": bias_gelu, "layer_norm": layer_norm, "add_layer_norm": add_layer_norm}
+KERNELS = {"gelu": gelu, "bias_gelu": bias_gelu, "layer_norm": layer_norm, "add_layer_norm": add_layer_norm,
+           "linear": linear}
 MAX_HEAD_SIZE = 256
 
 

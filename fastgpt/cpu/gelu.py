@@ -6,15 +6,15 @@ from fastgpt.cpu.launch import DTYPES, dense, pointer, rows_of
 from fastgpt.torch_op import define
 
 
-def _shape(x, bias):
-    """(rows, columns) as the kernels see x: one row when no bias gives the columns a meaning."""
-    return (1, x.numel()) if bias is None else rows_of(x)
+def _shape(x, by_column):
+    """(rows, columns) as the kernels see x: one row when nothing gives the columns a meaning."""
+    return rows_of(x) if by_column else (1, x.numel())
 
 
 def _forward(x, bias, tanh):
     x, bias = dense(x, bias)
     y = torch.empty_like(x)
-    _C.gelu_forward(DTYPES[x.dtype], tanh, pointer(x), pointer(bias), pointer(y), *_shape(x, bias))
+    _C.gelu_forward(DTYPES[x.dtype], tanh, pointer(x), pointer(bias), pointer(y), *_shape(x, bias is not None))
     return y
 
 
@@ -23,7 +23,7 @@ def _backward(dy, x, bias, tanh, wants_dbias):
     dy, x, bias = dense(dy, x, bias)
     dx, dbias = torch.empty_like(x), _bias_gradient(x, wants_dbias)
     _C.gelu_backward(DTYPES[x.dtype], tanh, pointer(dy), pointer(x), pointer(bias), pointer(dx),
-                     pointer(dbias) if wants_dbias else 0, *_shape(x, bias))
+                     pointer(dbias) if wants_dbias else 0, *_shape(x, bias is not None or wants_dbias))
     return dx, dbias.to(x.dtype)
 
 

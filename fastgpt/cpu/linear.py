@@ -1,0 +1,92 @@
+"""The linear layer: product, bias, activation and residual in one pass; its gradients are two more products."""
+import torch
+import torch.nn.functional as F
+
+from fastgpt.cpu.extension import _C
+from fastgpt.cpu.gelu import _gelu_backward, gelu
+from fastgpt.cpu.gemm import matmul
+from fastgpt.cpu.launch import dense
+from fastgpt.torch_op import define
+
+
+def bfloat16_product():
+    """Who multiplies bfloat16 matrices on this processor: ("torch" or "cpp", reason)."""
+    if _C is not None and _C.cpu_has_bf16():
+        return "torch", "the processor has avx512_bf16, which oneDNN drives at 95 % of its peak"
+    return "cpp", "without avx512_bf16 the products run in float32 arithmetic, where ours is faster"
+
+
+def _rows(x):
+    return x.reshape(-1, x.shape[-1])
+
+
+def _forward(x, weight, bias, residual, activation, keep_pre):
+    """-> y (..., N), and the activation's input, if it is to be kept for backward (else no elements)."""
+    bias, residual = dense(bias, residual)
+    shape = (*x.shape[:-1], weight.shape[0])
+    y, pre = torch.empty(shape, dtype=x.dtype), torch.empty(shape if keep_pre else 0, dtype=x.dtype)
+    matmul(_rows(x), weight.t(), out=_rows(y), bias=bias, activation=activation or None,
+           pre=pre if keep_pre else None, residual=residual)
+    return y, pre
+
+
+def _backward(dy, x, weight, pre, activation, wanted):
+    """wanted: which of dx, dweight and dbias; one that is not has no elements."""
+    shape, dy, x = x.shape, _rows(dy).contiguous(), _rows(x)
+    dbias = None
+    if activation == "relu":
+        dy = dy * (_rows(pre) > 0)
+    elif activation:
+        dy, dbias = _gelu_backward(dy, _rows(pre), None, activation == "gelu_tanh", wanted[2])
+    if dbias is None:
+        dbias = dy.sum(0) if wanted[2] else dy.new_empty(0)
+    dx = matmul(dy, weight).view(shape) if wanted[0] else dy.new_empty(0)
+    dweight = matmul(dy.t(), x) if wanted[1] else dy.new_empty(0)
+    return dx, dweight, dbias
+
+
+def _fake_forward(x, weight, bias, residual, activation, keep_pre):
+    shape = (*x.shape[:-1], weight.shape[0])
+    return x.new_empty(shape), x.new_empty(shape if keep_pre else 0)
+
+
+def _fake_backward(dy, x, weight, pre, activation, wanted):
+    shapes = (x.shape, weight.shape, weight.shape[:1])
+    return tuple(dy.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted))
+
+
+def _setup(ctx, inputs, output):
+    x, weight, _, _, ctx.activation, _ = inputs
+    _, pre = output
+    ctx.mark_non_differentiable(pre)
+    ctx.save_for_backward(x, weight, pre)
+
+
+def _grad(ctx, dy, _):
+    wanted = list(ctx.needs_input_grad[:3])
+    gradients = _linear_backward(dy, *ctx.saved_tensors, ctx.activation, wanted)
+    dresidual = dy if ctx.needs_input_grad[3] else None
+    return *(g if want else None for g, want in zip(gradients, wanted)), dresidual, None, None
+
+
+_linear_backward = define(
+    "linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor pre, str activation, bool[] wanted)"
+    " -> (Tensor, Tensor, Tensor)", _backward, _fake_backward)
+_linear = define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation, bool keep_pre)"
+    " -> (Tensor, Tensor)", _forward, _fake_forward, setup_context=_setup, backward=_grad)
+
+
+def linear(x, weight, bias=None, *, activation=None, residual=None):
+    if x.dtype == torch.bfloat16 and bfloat16_product()[0] == "torch":
+        return _with_torch_product(x, weight, bias, activation, residual)
+    needs_grad = any(t is not None and t.requires_grad for t in (x, weight, bias))
+    keep_pre = activation is not None and torch.is_grad_enabled() and needs_grad
+    return _linear(x, weight, bias, residual, activation or "", keep_pre)[0]
+
+
+def _with_torch_product(x, weight, bias, activation, residual):
+    y = F.linear(x, weight, bias)
+    if activation is not None:
+        y = F.relu(y) if activation == "relu" else gelu(y, "tanh" if activation == "gelu_tanh" else "none")
+    return y if residual is None else y + residual
