@@ -7,10 +7,11 @@
 namespace fastgpt {
 namespace {
 
-constexpr int64_t kBlockK = 256;                            // a panel of B, 16 KB with 16 columns, stays in L1
-constexpr int64_t kBlockRows = 192 / kTileRows * kTileRows;  // a block of A, 192 KB, in L2
-constexpr int64_t kBlockCols = 1024 / kTileCols * kTileCols;  // a block of B, 1 MB, in L3
+constexpr int64_t kBlockK = W == 16 ? 256 : 384;            // a panel of B, 24 or 32 KB, in L1
+constexpr int64_t kBlockRows = 144 / kTileRows * kTileRows;  // a block of A, 144 or 216 KB, in L2
+constexpr int64_t kBlockCols = 1024 / kTileCols * kTileCols;  // a block of B, 1 or 1.5 MB, in L3
 constexpr int64_t kKeptRows = 32;                            // up to here A is packed once, for all of K
+constexpr int64_t kKeptCols = 4 * kTileCols;                 // and beside it the block of B, 96 or 128 KB, stays in L2
 
 struct Product {
   Matrix a, b, c;
@@ -111,7 +112,8 @@ void multiply_block(const Product& p, Part block, Step step, const float* a, con
   for (int64_t j = 0; j < block.cols; j += kTileCols)
     for (int64_t i = 0; i < block.rows; i += kTileRows) {
       Part tile = {block.row + i, min(kTileRows, block.rows - i), block.col + j, min(kTileCols, block.cols - j)};
-      const float *a_panel = a + i * step.K, *b_panel = b + j * step.K;
+      const float* a_panel = a + i / kTileRows * panel_size<kTileRows>(step.K);
+      const float* b_panel = b + j / kTileCols * panel_size<kTileCols>(step.K);
       float* out = partial.at(tile.row, tile.col);
       PanelKernel multiply = panel_kernel(tile.rows);
       bool store_now = !step.last || plain;
@@ -127,37 +129,105 @@ void multiply_block(const Product& p, Part block, Step step, const float* a, con
     }
 }
 
-INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+// Few rows, k contiguous in B's columns (decoding): a wider panel, for enough independent sums, and of B only what a
+// cache line holds is packed at a time, so that the multiply-adds overlap with the next loads.
+constexpr int64_t kFewRows = 3;
+template <int M>
+constexpr int kFewVecs = M == 1 ? 8 : M == 2 ? 4 : 2;
+template <int M>
+constexpr int kFewCols = kFewVecs<M> * W;
+
+template <int M>
+INLINE void clear(Vec (&sums)[M][kFewVecs<M>]) {
+  UNROLL for (int i = 0; i < M; i++) UNROLL for (int j = 0; j < kFewVecs<M>; j++) sums[i][j] = Vec{};
+}
+
+template <int M, class T>
+NOINLINE void multiply_few(const Product& p, Part part, const float* a, int64_t a_size) {
+  alignas(64) float panel[kLine<T> * kFewCols<M>], out[kTileRows * kTileCols];
+  for (int64_t j = 0; j < part.cols; j += kFewCols<M>) {
+    Lines<kFewCols<M>, T> b((const T*)p.b.data + (part.col + j) * p.b.col, p.b.col, part.cols - j);
+    Vec total[M][kFewVecs<M>];
+    for (int64_t k = 0; k == 0 || k < p.a.cols; k += kBlockK) {
+      Vec sums[M][kFewVecs<M>];
+      clear<M>(sums);
+      const float* a_panel = a + k / kBlockK * a_size;
+      int64_t K = min(kBlockK, p.a.cols - k);
+      for (int64_t s = 0; s < K; s += kLine<T>) {
+        int64_t steps = min(kLine<T>, K - s);
+        transpose_panel<kFewCols<M>>(b.line, k + s, steps, panel);
+        multiply_tile(sums, a_panel + s * kTileRows, 1, kTileRows, panel, kFewCols<M>, steps);
+      }
+      UNROLL for (int i = 0; i < M; i++) {
+        UNROLL for (int v = 0; v < kFewVecs<M>; v++) total[i][v] = k ? total[i][v] + sums[i][v] : sums[i][v];
+      }
+    }
+    for (int v = 0; v < kFewVecs<M> && j + v * W < part.cols; v++) {
+      for (int i = 0; i < M; i++) store(out + i * kTileCols, total[i][v]);
+      Part tile = {part.row, M, part.col + j + v * W, min(W, part.cols - j - v * W)};
+      const float* earlier = p.accumulate ? (const float*)p.c.data + tile.row * p.c.row + tile.col : nullptr;
+      finish_tile(p, tile, out, earlier, p.c.row);
+    }
+  }
+}
+
+template <class T>
+INLINE void multiply_few_rows(const Product& p, Part part, const float* a, int64_t a_size) {
+  if (part.rows == 1) multiply_few<1, T>(p, part, a, a_size);
+  if (part.rows == 2) multiply_few<2, T>(p, part, a, a_size);
+  if (part.rows == 3) multiply_few<3, T>(p, part, a, a_size);
+}
+
+// The buffers of one thread for one part, all in its scratch: packed A, packed B, partial sums where C can't hold them.
+struct Workspace {
+  bool keeps_a;
+  int64_t block_cols, a_size;  // a_size: floats for one block of A
+  float *a, *b, *partial;
+};
+
+Workspace workspace(const Product& p, Part part) {
+  int64_t K = p.a.cols, blocks = max(1, ceil_div(K, kBlockK)), block_k = min(K, kBlockK);
+  Workspace w;
+  w.keeps_a = part.rows <= kKeptRows;
+  w.block_cols = min(part.cols, w.keeps_a ? kKeptCols : kBlockCols);
+  w.a_size = ceil_div(min(part.rows, kBlockRows), kTileRows) * panel_size<kTileRows>(block_k);
+  int64_t a_floats = w.a_size * (w.keeps_a ? blocks : 1);
+  int64_t b_floats = ceil_div(w.block_cols, kTileCols) * panel_size<kTileCols>(block_k);
+  int64_t partial_floats = p.c.dtype != kFloat32 && blocks > 1 ? part.rows * w.block_cols : 0;
+  w.a = (float*)scratch(kGemmScratch, sizeof(float) * (a_floats + b_floats + partial_floats));
+  w.b = w.a + a_floats;
+  w.partial = partial_floats ? w.b + b_floats : nullptr;
+  return w;
+}
 
 // One thread's part of C.
 void multiply_part(const Product& p, Part part) {
   int64_t K = p.a.cols;
-  bool keep = part.rows <= kKeptRows;
-  int64_t block_cols = min(part.cols, keep ? 4 * kTileCols : kBlockCols);
-  int64_t a_size = keep ? round_up(part.rows, kTileRows) * K : kBlockRows * kBlockK;
-  int64_t b_size = round_up(block_cols, kTileCols) * kBlockK;
-  bool own_partial = p.c.dtype != kFloat32 && K > kBlockK;
-  int64_t partial_size = own_partial ? part.rows * block_cols : 0;
-  float* a = (float*)scratch(kGemmScratch, sizeof(float) * (round_up(a_size + W, 16) + b_size + W + partial_size));
-  float* b = a + round_up(a_size + W, 16);
-  if (keep)
+  Workspace w = workspace(p, part);
+  if (w.keeps_a)
     for (int64_t k = 0; k < K; k += kBlockK)
-      pack_rows(p.a, part.row, part.row + part.rows, k, min(kBlockK, K - k), a + k * round_up(part.rows, kTileRows));
-  for (int64_t j = 0; j < part.cols; j += block_cols) {
-    Part block = {part.row, part.rows, part.col + j, min(block_cols, part.cols - j)};
+      pack_rows(p.a, part.row, part.row + part.rows, k, min(kBlockK, K - k), w.a + k / kBlockK * w.a_size);
+  if (part.rows <= kFewRows && p.b.row == 1)
+    return p.b.dtype == kFloat32 ? multiply_few_rows<float>(p, part, w.a, w.a_size)
+                                 : multiply_few_rows<bf16>(p, part, w.a, w.a_size);
+  for (int64_t j = 0; j < part.cols; j += w.block_cols) {
+    int64_t col = part.col + j, cols = min(w.block_cols, part.cols - j);
     Partial partial = {(float*)p.c.data, p.c.row, 0, 0};
-    if (own_partial) partial = {b + b_size + W, block_cols, block.row, block.col};
+    if (w.partial) partial = {w.partial, w.block_cols, part.row, col};
     for (int64_t k = 0; k == 0 || k < K; k += kBlockK) {
       Step step = {min(kBlockK, K - k), k == 0, k + kBlockK >= K};
-      pack_columns(p.b, block.col, block.col + block.cols, k, step.K, b);
+      pack_columns(p.b, col, col + cols, k, step.K, w.b);
       for (int64_t i = 0; i < part.rows; i += kBlockRows) {
-        Part rows = {part.row + i, min(kBlockRows, part.rows - i), block.col, block.cols};
-        if (!keep) pack_rows(p.a, rows.row, rows.row + rows.rows, k, step.K, a);
-        multiply_block(p, rows, step, keep ? a + k * round_up(part.rows, kTileRows) : a, b, partial);
+        int64_t row = part.row + i, rows = min(kBlockRows, part.rows - i);
+        if (!w.keeps_a) pack_rows(p.a, row, row + rows, k, step.K, w.a);
+        const float* a = w.keeps_a ? w.a + k / kBlockK * w.a_size : w.a;
+        multiply_block(p, {row, rows, col, cols}, step, a, w.b, partial);
       }
     }
   }
 }
+
+INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Into how many parts C is cut, along its rows and its columns.
 struct Grid {

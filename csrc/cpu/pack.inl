@@ -7,104 +7,136 @@ namespace {
 
 static_assert(kTileCols % W == 0 && (kTileRows % W == 0 || kTileRows < W), "panels are stored by whole vectors");
 
-// Four numbers at a time in each 128-bit quarter: shuffles that cost one instruction on every processor.
+// W vectors as the columns of the matrix whose rows they were. Four by four within the 128-bit quarters first, by
+// shuffles that cost one instruction on every processor, then the quarters as wholes.
 #define LOW_PAIRS(q) q, W + q, q + 1, W + q + 1
 #define HIGH_PAIRS(q) q + 2, W + q + 2, q + 3, W + q + 3
 #define LOW_HALVES(q) q, q + 1, W + q, W + q + 1
 #define HIGH_HALVES(q) q + 2, q + 3, W + q + 2, W + q + 3
+#define QUARTER(q) q, q + 1, q + 2, q + 3
 #if FASTGPT_VEC_WIDTH == 4
-#define QUARTERS(PATTERN) PATTERN(0)
+#define IN_QUARTERS(PATTERN) PATTERN(0)
+#define EVEN_QUARTERS QUARTER(0)
+#define ODD_QUARTERS QUARTER(0)
 #elif FASTGPT_VEC_WIDTH == 8
-#define QUARTERS(PATTERN) PATTERN(0), PATTERN(4)
+#define IN_QUARTERS(PATTERN) PATTERN(0), PATTERN(4)
+#define EVEN_QUARTERS QUARTER(0), QUARTER(8)
+#define ODD_QUARTERS QUARTER(4), QUARTER(12)
 #else
-#define QUARTERS(PATTERN) PATTERN(0), PATTERN(4), PATTERN(8), PATTERN(12)
+#define IN_QUARTERS(PATTERN) PATTERN(0), PATTERN(4), PATTERN(8), PATTERN(12)
+#define EVEN_QUARTERS QUARTER(0), QUARTER(8), QUARTER(16), QUARTER(24)
+#define ODD_QUARTERS QUARTER(4), QUARTER(12), QUARTER(20), QUARTER(28)
 #endif
 #if defined(__clang__)
-#define SHUFFLE(a, b, PATTERN) __builtin_shufflevector(a, b, QUARTERS(PATTERN))
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define SHUFFLE(a, b, PATTERN) __builtin_shuffle(a, b, (IntVec){QUARTERS(PATTERN)})
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (IntVec){__VA_ARGS__})
 #endif
 
-// Four numbers from each of the lines line[0], line[4], line[8] ... side by side.
-INLINE Vec load_quarters(const float* const* line, int64_t k) {
-#if FASTGPT_VEC_WIDTH == 16 && defined(__AVX512F__)
-  __m512 a = _mm512_castps128_ps512(_mm_loadu_ps(line[0] + k));
-  a = _mm512_insertf32x4(a, _mm_loadu_ps(line[4] + k), 1);
-  a = _mm512_insertf32x4(a, _mm_loadu_ps(line[8] + k), 2);
-  return (Vec)_mm512_insertf32x4(a, _mm_loadu_ps(line[12] + k), 3);
-#elif FASTGPT_VEC_WIDTH == 8 && defined(__AVX2__)
-  return (Vec)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(line[0] + k)), _mm_loadu_ps(line[4] + k), 1);
-#else
-  Vec a;
-  for (int q = 0; q < W / 4; q++) memcpy((char*)&a + 16 * q, line[4 * q] + k, 16);
-  return a;
-#endif
-}
-INLINE Vec load_quarters(const bf16* const* line, int64_t k) {
-  typedef uint64_t Quarters __attribute__((vector_size(2 * W)));
-  Quarters a;
-  for (int q = 0; q < W / 4; q++) {
-    uint64_t four;
-    memcpy(&four, line[4 * q] + k, 8);
-    a[q] = four;
+INLINE void transpose(Vec (&rows)[W]) {
+  UNROLL for (int i = 0; i < W; i += 4) {
+    Vec* r = rows + i;
+    Vec ab_low = SHUFFLE(r[0], r[1], IN_QUARTERS(LOW_PAIRS)), ab_high = SHUFFLE(r[0], r[1], IN_QUARTERS(HIGH_PAIRS));
+    Vec cd_low = SHUFFLE(r[2], r[3], IN_QUARTERS(LOW_PAIRS)), cd_high = SHUFFLE(r[2], r[3], IN_QUARTERS(HIGH_PAIRS));
+    r[0] = SHUFFLE(ab_low, cd_low, IN_QUARTERS(LOW_HALVES));
+    r[1] = SHUFFLE(ab_low, cd_low, IN_QUARTERS(HIGH_HALVES));
+    r[2] = SHUFFLE(ab_high, cd_high, IN_QUARTERS(LOW_HALVES));
+    r[3] = SHUFFLE(ab_high, cd_high, IN_QUARTERS(HIGH_HALVES));
   }
-  return widen((HalfVec)a);
-}
-
-// W lines, k contiguous in each, into the panel's next W columns. Lines beyond the last repeat it: what they give is
-// never stored. When P < W a store spills into the next k's numbers, which are written after it.
-template <int P, class T>
-void transpose_lines(const T* source, int64_t across, int64_t lines, int64_t K, float* panel) {
-  const T* line[W];
-  for (int i = 0; i < W; i++) line[i] = source + min(i, lines - 1) * across;
-  int64_t k = 0;
-  for (; k + 4 <= K; k += 4) {
-    Vec a = load_quarters(line, k), b = load_quarters(line + 1, k);
-    Vec c = load_quarters(line + 2, k), d = load_quarters(line + 3, k);
-    Vec ab_low = SHUFFLE(a, b, LOW_PAIRS), ab_high = SHUFFLE(a, b, HIGH_PAIRS);
-    Vec cd_low = SHUFFLE(c, d, LOW_PAIRS), cd_high = SHUFFLE(c, d, HIGH_PAIRS);
-    store(panel + (k + 0) * P, SHUFFLE(ab_low, cd_low, LOW_HALVES));
-    store(panel + (k + 1) * P, SHUFFLE(ab_low, cd_low, HIGH_HALVES));
-    store(panel + (k + 2) * P, SHUFFLE(ab_high, cd_high, LOW_HALVES));
-    store(panel + (k + 3) * P, SHUFFLE(ab_high, cd_high, HIGH_HALVES));
+  // Vector i now holds column i % 4 of every quarter, of the rows i / 4 * 4 .. i / 4 * 4 + 3.
+  UNROLL for (int step = W / 2; step >= 4; step /= 2) {
+    Vec before[W];
+    UNROLL for (int i = 0; i < W; i++) before[i] = rows[i];
+    UNROLL for (int i = 0; i < W; i += 8) {
+      UNROLL for (int j = 0; j < 4; j++) {
+        rows[i / 2 + j] = SHUFFLE(before[i + j], before[i + 4 + j], EVEN_QUARTERS);
+        rows[W / 2 + i / 2 + j] = SHUFFLE(before[i + j], before[i + 4 + j], ODD_QUARTERS);
+      }
+    }
   }
-  for (; k < K; k++)
-    for (int i = 0; i < (P < W ? P : W); i++) panel[k * P + i] = to_float(line[i][k]);
 }
 
-// W lines side by side in memory, each k in its own row.
+constexpr int64_t kPanelPad = 16;  // floats between panels: for spilling stores, and against equal cache sets
+template <int P>
+INLINE int64_t panel_size(int64_t K) {
+  return P * K + kPanelPad;
+}
+// Lanes that a panel's store touches: where P < W a store spills into the next k's numbers, which are written after it.
+template <int P>
+constexpr int kLanes = P < W ? W : P;
+
+// The numbers of a cache line, all used before the next lines are touched: lines a multiple of 4 KB apart share a set of
+// the cache, which holds 8 to 12 of them.
+template <class T>
+constexpr int64_t kLine = 64 / sizeof(T);
+
+// n numbers from each of W lines, side by side for each k, with `stride` between the k.
+template <class T>
+INLINE void transpose_lines(const T* const* line, int64_t k, int n, float* out, int64_t stride) {
+  Vec steps[W];
+  UNROLL for (int i = 0; i < W; i++) steps[i] = n == W ? load(line[i] + k) : load(line[i] + k, n);
+  transpose(steps);
+  UNROLL for (int s = 0; s < W; s++) {
+    if (s == n) break;
+    store(out + s * stride, steps[s]);
+  }
+}
+
+// Numbers k .. k + K - 1 from each of a panel's lines.
 template <int P, class T>
-void copy_lines(const T* source, int64_t along, int64_t lines, int64_t K, float* panel) {
-  if (lines >= W)
-    for (int64_t k = 0; k < K; k++) store(panel + k * P, load(source + k * along));
-  else
-    for (int64_t k = 0; k < K; k++) store(panel + k * P, load(source + k * along, (int)lines));
+void transpose_panel(const T* const* line, int64_t k, int64_t K, float* panel) {
+  for (int64_t begin = 0; begin < K; begin += kLine<T>)
+    for (int g = 0; g < P; g += W) {
+      int64_t s = begin, end = min(begin + kLine<T>, K);
+      for (; s + W <= end; s += W) transpose_lines(line + g, k + s, W, panel + s * P + g, P);
+      if (s < end) transpose_lines(line + g, k + s, (int)(end - s), panel + s * P + g, P);
+    }
+}
+
+// Where each of a panel's lines begins. Lines beyond the last repeat it: what they give is never stored in C.
+template <int P, class T>
+struct Lines {
+  const T* line[kLanes<P>];
+  Lines(const T* source, int64_t across, int64_t lines) {
+    for (int i = 0; i < kLanes<P>; i++) line[i] = source + min(i, lines - 1) * across;
+  }
+};
+
+// Lines side by side in memory, each k in a row of its own: several panels at a time, since a cache line feeds several
+// panels of A, and rows a power of two apart push each other out of the cache.
+template <int P, class T>
+void copy_panels(const T* source, int64_t along, int64_t lines, int64_t K, float* panels) {
+  constexpr int64_t kGroup = 8;
+  for (int64_t p = 0; p < lines; p += kGroup * P, panels += kGroup * panel_size<P>(K)) {
+    int64_t count = min(kGroup * P, lines - p);
+    for (int64_t k = 0; k < K; k++) {
+      const T* row = source + k * along + p;
+      float* out = panels + k * P;
+      int64_t i = 0;
+      for (; i + kLanes<P> <= count; i += P, out += panel_size<P>(K)) {
+        UNROLL for (int g = 0; g < P; g += W) store(out + g, load(row + i + g));
+      }
+      for (; i < count; i += P, out += panel_size<P>(K))
+        for (int g = 0; g < P; g += W) store(out + g, load(row + i + g, (int)max(0, min(W, count - i - g))));
+    }
+  }
 }
 
 template <int P, class T>
-void gather_lines(const T* source, int64_t across, int64_t along, int64_t lines, int64_t K, float* panel) {
+void gather_panel(const T* source, int64_t across, int64_t along, int64_t lines, int64_t K, float* panel) {
   for (int64_t k = 0; k < K; k++)
-    for (int i = 0; i < (P < W ? P : W); i++)
-      panel[k * P + i] = i < lines ? to_float(source[i * across + k * along]) : 0.0f;
+    for (int i = 0; i < P; i++) panel[k * P + i] = i < lines ? to_float(source[i * across + k * along]) : 0.0f;
 }
 
-// Line p, step k is source[p * across + k * along]. Panels of P lines follow each other, P * K floats each; the last
-// one may be written up to W floats beyond its end.
+// Line p, step k is source[p * across + k * along]. Panels of P lines, panel_size<P>(K) floats each, follow each other.
 template <int P, class T>
 void pack_panels(const T* source, int64_t across, int64_t along, int64_t lines, int64_t K, float* panels) {
-  for (int64_t p = 0; p < lines; p += P, panels += P * K)
-    for (int g = 0; g < P; g += W) {
-      const T* first = source + (p + g) * across;
-      int64_t rest = lines - p - g;
-      if (rest <= 0)  // zeros, not what the memory held: arithmetic on denormal numbers is slow
-        for (int64_t k = 0; k < K; k++) store(panels + k * P + g, Vec{});
-      else if (across == 1)
-        copy_lines<P>(first, along, rest, K, panels + g);
-      else if (along == 1)
-        transpose_lines<P>(first, across, rest, K, panels + g);
-      else
-        gather_lines<P>(first, across, along, rest, K, panels + g);
-    }
+  if (across == 1) return copy_panels<P>(source, along, lines, K, panels);
+  for (int64_t p = 0; p < lines; p += P, source += P * across, panels += panel_size<P>(K))
+    if (along == 1)
+      transpose_panel<P>(Lines<P, T>(source, across, lines - p).line, 0, K, panels);
+    else
+      gather_panel<P>(source, across, along, lines - p, K, panels);
 }
 
 // Lines [begin, end) of rows (A) or of columns (B), k from `k` to `k + K`.

@@ -20,6 +20,7 @@
 #include <stdlib.h>
 #if defined(__linux__)
 #include <sched.h>
+#include <sys/mman.h>
 #endif
 
 #if defined(__x86_64__)
@@ -193,6 +194,8 @@ Pool& current_pool() {
   return *pool;
 }
 
+constexpr size_t kHugePage = 2 << 20;
+
 struct ScratchBuffers {
   void* data[kScratchSlots] = {};
   size_t bytes[kScratchSlots] = {};
@@ -232,8 +235,12 @@ void* scratch(ScratchSlot slot, size_t bytes) {
     free(buffers.data[slot]);
     buffers.data[slot] = nullptr;
     buffers.bytes[slot] = 0;
-    size_t rounded = (bytes + 63) / 64 * 64;
-    if (posix_memalign(&buffers.data[slot], 64, rounded)) throw std::bad_alloc();
+    // Large buffers in huge pages: the packed blocks of a matrix product touch more small pages than the TLB holds.
+    size_t page = bytes < kHugePage / 2 ? 64 : kHugePage, rounded = (bytes + page - 1) / page * page;
+    if (posix_memalign(&buffers.data[slot], page, rounded)) throw std::bad_alloc();
+#if defined(__linux__)
+    if (page == kHugePage) madvise(buffers.data[slot], rounded, MADV_HUGEPAGE);
+#endif
     buffers.bytes[slot] = rounded;
   }
   return buffers.data[slot];
