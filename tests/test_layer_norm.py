@@ -3,6 +3,7 @@ import torch
 from numerics import check_op
 
 from fastgpt import ops, reference
+from fastgpt.cpu import extension
 
 SHAPES = [(1, 1), (3, 7), (2, 5, 16), (33, 59), (4, 9, 768), (257, 111), (0, 8)]
 
@@ -42,7 +43,6 @@ def test_float32_weights_with_bfloat16_x(level):
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_same_bits_on_any_number_of_threads(threads, level):
-    from fastgpt.cpu import extension
     x, weight = torch.randn(301, 96), torch.randn(96, requires_grad=True)
     before = extension.get_num_threads()
     results = []
@@ -53,6 +53,72 @@ def test_same_bits_on_any_number_of_threads(threads, level):
     extension.set_num_threads(before)
     for one, other in zip(*results):
         assert torch.equal(one, other)
+
+
+def _add_norm_and_gradient(x, residual, weight, dy):
+    x = x.detach().requires_grad_()
+    y, total = ops.add_layer_norm(x, residual, weight)
+    return y, total, torch.autograd.grad((y, total), x, (dy, dy))[0]
+
+
+def test_a_row_does_not_depend_on_the_others(dtype, level):
+    x, residual, dy = (torch.randn(23, 59, dtype=dtype) for _ in range(3))
+    weight = torch.randn(59, dtype=dtype)
+    whole = _add_norm_and_gradient(x, residual, weight, dy)
+    for rows in (slice(0, 1), slice(7, 9), slice(10, 23)):
+        part = _add_norm_and_gradient(x[rows], residual[rows], weight, dy[rows])
+        assert all(torch.equal(a[rows], b) for a, b in zip(whole, part))
+
+
+def test_results_that_are_streamed_past_the_caches(dtype, level):
+    rows = 2 ** 13 if dtype == torch.bfloat16 else 2 ** 12  # 6 MB and more of them
+    x, residual, dy = torch.randn(3, rows, 384, dtype=dtype)
+    weight = torch.randn(384, dtype=dtype)
+    whole = _add_norm_and_gradient(x, residual, weight, dy)
+    part = _add_norm_and_gradient(x[-9:], residual[-9:], weight, dy[-9:])
+    assert all(torch.equal(a[-9:], b) for a, b in zip(whole, part))
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16", None), ("bfloat16", "float32", "bfloat16"),
+                                    ("bfloat16", "bfloat16", "float32"), ("float32", "bfloat16", "float32")], ids=str)
+def test_any_mixture_of_dtypes(dtypes, level):
+    x_dtype, weight_dtype, bias_dtype = (getattr(torch, d) if d else None for d in dtypes)
+    x, weight = torch.randn(5, 40).to(x_dtype), torch.randn(40).to(weight_dtype).requires_grad_()
+    bias = torch.randn(40).to(bias_dtype).requires_grad_() if bias_dtype else None
+    wide = [None if t is None else t.detach().float().requires_grad_() for t in (weight, bias)]
+    y, expected = ops.layer_norm(x, weight, bias), ops.layer_norm(x, *wide)
+    assert torch.equal(y, expected) and y.dtype == x_dtype
+    for leaf, wide_leaf in zip((weight, bias), wide):
+        if leaf is not None:
+            gradient, = torch.autograd.grad(y.sum(), leaf, retain_graph=True)
+            assert torch.equal(gradient, torch.autograd.grad(expected.sum(), wide_leaf, retain_graph=True)[0].to(leaf.dtype))
+
+
+@pytest.mark.parametrize("bias", [None, torch.randn(8)], ids=["no bias", "bias"])
+def test_library_ops(bias, dtype):
+    x, residual = (torch.randn(3, 8, dtype=dtype, requires_grad=True) for _ in range(2))
+    weight, bias = torch.randn(8, requires_grad=True), None if bias is None else bias.clone().requires_grad_()
+    torch.library.opcheck(torch.ops.fastgpt.layer_norm.default, (x, weight, bias, 1e-5))
+    torch.library.opcheck(torch.ops.fastgpt.add_layer_norm.default, (x, residual, weight, bias, 1e-5))
+
+
+def test_compiled_with_backward():
+    def block(x, residual, weight, bias):
+        y, total = ops.add_layer_norm(x, residual, weight, bias)
+        return (ops.layer_norm(y, weight) + total).square().sum()
+    leaves = [torch.randn(s, requires_grad=True) for s in ((6, 40), (6, 40), (40,), (40,))]
+    results = []
+    for function in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
+        loss = function(*leaves)
+        results.append((loss, *torch.autograd.grad(loss, leaves)))
+    assert all(map(torch.equal, *results))
+
+
+def test_a_bfloat16_branch_beside_a_float32_residual_stream(level):
+    x, residual, weight = torch.randn(5, 40).bfloat16(), torch.randn(5, 40), torch.randn(40)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, total = ops.add_layer_norm(x, residual, weight)
+    assert torch.equal(total, x + residual) and torch.equal(y, ops.layer_norm(total, weight))
 
 
 def test_a_wrong_weight_is_named():

@@ -1,104 +1,158 @@
-// Layer norm over rows, alone or behind a residual add: one read of the inputs, statistics in float32 in two passes over
-// a row that is in cache by then (a one-pass variance loses digits for rows with a large mean).
+// Layer norm over rows, alone or behind a residual add: statistics in float32 in two passes over rows that are in L1 by
+// then (a one-pass variance loses digits for rows with a large mean). Some rows go side by side: their chains of
+// additions hide each other's latency, and they share the loads of weights and of the weights' gradients.
+// Tried: prefetching the next rows' inputs or results from here: no gain, the processor does.
 
 namespace fastgpt {
 namespace {
 
+// At a time: more rows backward, with twice the inputs, would not stay in L1.
+constexpr int kForwardRows = 4, kBackwardRows = 2;
+
 template <class T, class P>
-void layer_norm_rows(const T* x, const T* residual, const P* weight, const P* bias, T* y, T* total, float* mean,
-                     float* rstd, int64_t begin, int64_t end, int64_t cols, float eps) {
-  float* row = (float*)scratch(kKernelScratch, sizeof(float) * (cols + W));
-  for (int64_t i = begin; i < end; i++) {
-    const T* source = x + i * cols;
-    Vec sum = {};
-    for_columns(cols, [&](int64_t j, int lanes) {
-      Vec a = load_lanes(source + j, lanes);
-      if (residual) {
-        a = a + load_lanes(residual + i * cols + j, lanes);
-        store_lanes(total + i * cols + j, a, lanes);
+struct NormForward {
+  const T *x, *residual;  // residual, bias, total, mean and rstd may be null
+  const P *weight, *bias;
+  T *y, *total;
+  float *mean, *rstd;
+  int64_t cols;
+  float eps;
+  bool streamed;
+};
+
+// The rows as float32, (R, cols), and their sums; makes total = x + residual on the way.
+template <int R, class T, class P>
+INLINE const float* load_rows(NormForward<T, P> p, int64_t at, Vec (&sum)[R]) {
+  bool copy = sizeof(T) < sizeof(float) || (p.residual && p.streamed);  // a streamed total is not in the cache
+  float* rows = copy ? (float*)scratch(kKernelScratch, sizeof(float) * R * p.cols) : nullptr;
+  for_columns(p.cols, [&](int64_t j, int lanes) {
+    UNROLL for (int i = 0; i < R; i++) {
+      int64_t k = i * p.cols + j;
+      Vec a = load_lanes(p.x + at + k, lanes);
+      if (p.residual) {
+        a = a + load_lanes(p.residual + at + k, lanes);
+        store_result(p.streamed, p.total + at + k, a, lanes);
         // What is normalised is the total as it is stored, so that backward sees the same numbers.
-        if (sizeof(T) < sizeof(float)) a = load_lanes(total + i * cols + j, lanes);
+        a = stored(p.total, a);
       }
-      store(row + j, a);
-      sum = sum + a;
-    });
-    // The rounded mean m misses the true one by `rest`, which matters beside a large mean.
-    float m = reduce_add(sum) / cols;
-    Vec squares = {}, differences = {};
-    for_columns(cols, [&](int64_t j, int lanes) {
-      Vec d = first_lanes(load(row + j) - m, lanes);
-      differences = differences + d;
-      squares = squares + d * d;
-    });
-    float rest = reduce_add(differences) / cols;
-    float r = 1.0f / sqrtf(reduce_add(squares) / cols - rest * rest + eps);
-    if (mean) mean[i] = m + rest, rstd[i] = r;
-    for_columns(cols, [&](int64_t j, int lanes) {
-      Vec a = (load(row + j) - m - rest) * r * load_lanes(weight + j, lanes);
-      store_lanes(y + i * cols + j, bias ? a + load_lanes(bias + j, lanes) : a, lanes);
-    });
-  }
+      if (copy) store_lanes(rows + k, a, lanes);
+      sum[i] = sum[i] + a;
+    }
+  });
+  return copy ? rows : (const float*)(p.residual ? p.total : p.x) + at;
 }
 
-// dx = r (g - mean(g) - xhat mean(g xhat)) with g = dy * weight; dweight sums dy * xhat, dbias sums dy.
-template <class T, class P>
-void layer_norm_backward_rows(const T* dy, const T* dtotal, const T* x, const P* weight, const float* mean,
-                              const float* rstd, T* dx, float* dweight, float* dbias, int64_t begin, int64_t end,
-                              int64_t cols) {
-  for (int64_t j = 0; j < cols; j++) dweight[j] = dbias[j] = 0.0f;
-  for (int64_t i = begin; i < end; i++) {
-    const T *dy_row = dy + i * cols, *x_row = x + i * cols;
-    float m = mean[i], r = rstd[i];
-    Vec sum_g = {}, sum_gx = {};
-    for_columns(cols, [&](int64_t j, int lanes) {
-      Vec d = load_lanes(dy_row + j, lanes), xhat = (load_lanes(x_row + j, lanes) - m) * r;
-      Vec g = d * load_lanes(weight + j, lanes);
-      sum_g = sum_g + g;
-      sum_gx = sum_gx + g * xhat;
-      store_lanes(dweight + j, load_lanes(dweight + j, lanes) + d * xhat, lanes);
-      store_lanes(dbias + j, load_lanes(dbias + j, lanes) + d, lanes);
-    });
-    float mean_g = reduce_add(sum_g) / cols, mean_gx = reduce_add(sum_gx) / cols;
-    for_columns(cols, [&](int64_t j, int lanes) {
-      Vec xhat = (load_lanes(x_row + j, lanes) - m) * r;
-      Vec g = load_lanes(dy_row + j, lanes) * load_lanes(weight + j, lanes);
-      Vec d = (g - mean_g - xhat * mean_gx) * r;
-      store_lanes(dx + i * cols + j, dtotal ? d + load_lanes(dtotal + i * cols + j, lanes) : d, lanes);
-    });
+template <int R, class T, class P>
+void layer_norm_rows(NormForward<T, P> p, int64_t row) {
+  int64_t at = row * p.cols;
+  float mean[R], rest[R], rstd[R];
+  Vec sum[R] = {}, squares[R] = {}, differences[R] = {};
+  const float* rows = load_rows<R>(p, at, sum);
+  UNROLL for (int i = 0; i < R; i++) mean[i] = reduce_add(sum[i]) / p.cols;
+  for_columns(p.cols, [&](int64_t j, int lanes) {
+    UNROLL for (int i = 0; i < R; i++) {
+      Vec d = first_lanes(load_lanes(rows + i * p.cols + j, lanes) - mean[i], lanes);
+      differences[i] = differences[i] + d;
+      squares[i] = squares[i] + d * d;
+    }
+  });
+  UNROLL for (int i = 0; i < R; i++) {
+    // The rounded mean misses the true one by `rest`, which matters beside a large mean.
+    rest[i] = reduce_add(differences[i]) / p.cols;
+    rstd[i] = 1.0f / sqrtf(reduce_add(squares[i]) / p.cols - rest[i] * rest[i] + p.eps);
+    if (p.mean) p.mean[row + i] = mean[i] + rest[i], p.rstd[row + i] = rstd[i];
+    rest[i] *= rstd[i];
   }
+  for_columns(p.cols, [&](int64_t j, int lanes) {
+    Vec weight = load_lanes(p.weight + j, lanes), bias = p.bias ? load_lanes(p.bias + j, lanes) : Vec{};
+    UNROLL for (int i = 0; i < R; i++) {
+      Vec xhat = (load_lanes(rows + i * p.cols + j, lanes) - mean[i]) * rstd[i] - rest[i];
+      store_result(p.streamed, p.y + at + i * p.cols + j, xhat * weight + bias, lanes);
+    }
+  });
+}
+
+template <class T, class P>
+struct NormBackward {
+  const T *dy, *dtotal, *x;  // dtotal may be null
+  const P* weight;
+  const float *mean, *rstd;
+  T* dx;
+  int64_t cols;
+  bool streamed;
+};
+
+// dx = r (g - mean(g) - xhat mean(g xhat)) + dtotal with g = dy * weight; adds dy * xhat to dweight and dy to dbias.
+template <int R, class T, class P>
+void layer_norm_backward_rows(NormBackward<T, P> p, int64_t row, float* dweight, float* dbias) {
+  int64_t at = row * p.cols;
+  float mean[R], rstd[R];
+  UNROLL for (int i = 0; i < R; i++) mean[i] = p.mean[row + i], rstd[i] = p.rstd[row + i];
+  Vec sum_g[R] = {}, sum_gx[R] = {};  // sum_gx: without the factor rstd
+  for_columns(p.cols, [&](int64_t j, int lanes) {
+    Vec weight = load_lanes(p.weight + j, lanes);
+    Vec dw = load_lanes(dweight + j, lanes), db = load_lanes(dbias + j, lanes);
+    UNROLL for (int i = 0; i < R; i++) {
+      Vec dy = load_lanes(p.dy + at + i * p.cols + j, lanes);
+      Vec centred = load_lanes(p.x + at + i * p.cols + j, lanes) - mean[i];
+      Vec product = dy * centred;
+      sum_g[i] = sum_g[i] + dy * weight;
+      sum_gx[i] = sum_gx[i] + product * weight;
+      dw = dw + product * rstd[i];
+      db = db + dy;
+    }
+    store_lanes(dweight + j, dw, lanes);
+    store_lanes(dbias + j, db, lanes);
+  });
+  float mean_g[R], slope[R];
+  UNROLL for (int i = 0; i < R; i++) {
+    mean_g[i] = reduce_add(sum_g[i]) / p.cols;
+    slope[i] = reduce_add(sum_gx[i]) / p.cols * rstd[i] * rstd[i];
+  }
+  for_columns(p.cols, [&](int64_t j, int lanes) {
+    Vec weight = load_lanes(p.weight + j, lanes);
+    UNROLL for (int i = 0; i < R; i++) {
+      int64_t k = at + i * p.cols + j;
+      Vec centred = load_lanes(p.x + k, lanes) - mean[i];
+      Vec d = (load_lanes(p.dy + k, lanes) * weight - mean_g[i] - centred * slope[i]) * rstd[i];
+      store_result(p.streamed, p.dx + k, p.dtotal ? d + load_lanes(p.dtotal + k, lanes) : d, lanes);
+    }
+  });
 }
 
 template <class T, class P>
 void layer_norm_forward(const void* x, const void* residual, const void* weight, const void* bias, void* y, void* total,
                         float* mean, float* rstd, int64_t rows, int64_t cols, float eps) {
-  constexpr int64_t kRows = 16;
-  parallel(ceil_div(rows, kRows), [=](int64_t t) {
-    layer_norm_rows((const T*)x, (const T*)residual, (const P*)weight, (const P*)bias, (T*)y, (T*)total, mean, rstd,
-                    t * kRows, min(rows, (t + 1) * kRows), cols, eps);
+  constexpr int64_t kTaskRows = 16;
+  bool streamed = past_caches((T*)y, rows, cols) && (!total || past_caches((T*)total, rows, cols));
+  NormForward<T, P> p = {(const T*)x, (const T*)residual, (const P*)weight, (const P*)bias, (T*)y, (T*)total, mean,
+                         rstd,        cols,               eps,              streamed};
+  parallel(ceil_div(rows, kTaskRows), [&](int64_t t) {
+    int64_t i = t * kTaskRows, end = min(rows, i + kTaskRows);
+    for (; i + kForwardRows <= end; i += kForwardRows) layer_norm_rows<kForwardRows>(p, i);
+    for (; i < end; i++) layer_norm_rows<1>(p, i);
+    if (streamed) finish_streams();
   });
 }
-
-// The partial sums of dweight and dbias: their number depends on the rows alone, not on the threads, and they are added
-// in index order, so the gradients have the same bits on any number of threads.
-constexpr int64_t kPartials = 16;
 
 template <class T, class P>
 void layer_norm_backward(const void* dy, const void* dtotal, const void* x, const void* weight, const float* mean,
                          const float* rstd, void* dx, float* dweight, float* dbias, int64_t rows, int64_t cols) {
-  int64_t partials = min(kPartials, ceil_div(rows, 8)), chunk = partials ? ceil_div(rows, partials) : 0;
-  float* sums = (float*)scratch(kKernelScratch, sizeof(float) * 2 * cols * (partials + 1));
-  parallel(partials, [=](int64_t t) {
-    layer_norm_backward_rows((const T*)dy, (const T*)dtotal, (const T*)x, (const P*)weight, mean, rstd, (T*)dx,
-                             sums + 2 * t * cols, sums + (2 * t + 1) * cols, min(rows, t * chunk),
-                             min(rows, (t + 1) * chunk), cols);
+  bool streamed = past_caches((T*)dx, rows, cols);
+  NormBackward<T, P> p = {(const T*)dy, (const T*)dtotal, (const T*)x, (const P*)weight, mean,
+                          rstd,         (T*)dx,           cols,        streamed};
+  Partials partials = partials_of(rows);
+  float* sums = (float*)scratch(kKernelScratch, sizeof(float) * 2 * cols * partials.count);
+  parallel(partials.count, [&](int64_t t) {
+    float *dw = sums + 2 * t * cols, *db = dw + cols;
+    memset(dw, 0, sizeof(float) * 2 * cols);
+    int64_t i = t * partials.rows, end = min(rows, i + partials.rows);
+    for (; i + kBackwardRows <= end; i += kBackwardRows) layer_norm_backward_rows<kBackwardRows>(p, i, dw, db);
+    for (; i < end; i++) layer_norm_backward_rows<1>(p, i, dw, db);
+    if (streamed) finish_streams();
   });
-  for (int which = 0; which < 2; which++) {
-    float* out = which ? dbias : dweight;
-    if (!out) continue;
-    for (int64_t j = 0; j < cols; j++) out[j] = 0.0f;
-    for (int64_t t = 0; t < partials; t++)
-      for (int64_t j = 0; j < cols; j++) out[j] += sums[(2 * t + which) * cols + j];
-  }
+  if (dweight) add_partials(sums, 2 * cols, partials.count, dweight, cols);
+  if (dbias) add_partials(sums + cols, 2 * cols, partials.count, dbias, cols);
 }
 
 }  // namespace

@@ -18,6 +18,18 @@ template <class T>
 INLINE void store_lanes(T* p, Vec a, int lanes) {
   lanes == W ? store(p, a) : store(p, a, lanes);
 }
+// Results of this many bytes would push each other out of the caches: they are better streamed past them, and leave
+// the room to what is read.
+constexpr int64_t kStreamedBytes = 6 << 20;
+template <class T>
+INLINE bool past_caches(const T* results, int64_t rows, int64_t cols) {
+  return rows * cols * (int64_t)sizeof(T) >= kStreamedBytes && cols % W == 0 && (uintptr_t)results % (W * sizeof(T)) == 0;
+}
+template <class T>
+INLINE void store_result(bool streamed, T* p, Vec a, int lanes) {
+  streamed ? stream(p, a) : store_lanes(p, a, lanes);
+}
+
 // Lanes beyond the row's end count as 0 in a sum of squares.
 INLINE Vec first_lanes(Vec a, int lanes) {
   if (lanes == W) return a;

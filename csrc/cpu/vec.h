@@ -64,12 +64,15 @@ INLINE HalfVec truncate(UintVec u) {  // of lanes below 2**16
 }
 
 INLINE Vec widen(HalfVec h) { return (Vec)(extend(h) << 16); }
-// Round to nearest even; a NaN stays a NaN.
-INLINE HalfVec narrow(Vec a) {
+// Its high half is the nearest bfloat16, of two the even one; a NaN stays a NaN.
+INLINE UintVec round_to_half(Vec a) {
   UintVec u = (UintVec)a;
-  UintVec rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16;
-  return truncate(a == a ? rounded : (UintVec)(u >> 16 | 0x40));
+  return a == a ? u + 0x7FFF + ((u >> 16) & 1) : u | 0x400000;
 }
+INLINE HalfVec narrow(Vec a) { return truncate(round_to_half(a) >> 16); }
+// `a` as a load from p would see it after store(p, a).
+INLINE Vec stored(const float*, Vec a) { return a; }
+INLINE Vec stored(const bf16*, Vec a) { return (Vec)(round_to_half(a) & 0xFFFF0000); }
 
 INLINE Vec load(const float* p) { return *(const UnalignedVec*)p; }
 INLINE Vec load(const bf16* p) { return widen(*(const UnalignedHalfVec*)p); }
@@ -126,6 +129,24 @@ INLINE float reduce_max(Vec a) {
   for (int i = 1; i < W; i++) m = a[i] > m ? a[i] : m;
   return m;
 }
+
+// Past the caches, for results that are too many to stay in them; p is aligned to the vector. Other threads see them
+// after finish_streams().
+#if defined(__AVX512F__)
+INLINE void stream(float* p, Vec a) { _mm512_stream_ps(p, (__m512)a); }
+INLINE void stream(bf16* p, Vec a) { _mm256_stream_si256((__m256i*)p, (__m256i)narrow(a)); }
+INLINE void finish_streams() { _mm_sfence(); }
+#elif defined(__AVX2__) && FASTGPT_VEC_WIDTH == 8
+INLINE void stream(float* p, Vec a) { _mm256_stream_ps(p, (__m256)a); }
+INLINE void stream(bf16* p, Vec a) { _mm_stream_si128((__m128i*)p, (__m128i)narrow(a)); }
+INLINE void finish_streams() { _mm_sfence(); }
+#else
+template <class T>
+INLINE void stream(T* p, Vec a) {
+  store(p, a);
+}
+INLINE void finish_streams() {}
+#endif
 
 INLINE float to_float(float a) { return a; }
 INLINE float to_float(bf16 a) {
