@@ -1,6 +1,6 @@
 // What the processor does at best, for the benchmarks to divide by: arithmetic on registers alone, and reading memory.
-// Each task leaves its result in the sink, so that no compiler can drop the work; every chain starts from another number,
-// since equal ones would be computed once (and one from a fixed point, like 1 = 0.999 * 1 + 0.001, not at all).
+// Each task leaves its result in the sink, so that no compiler can drop the work; every chain starts from another
+// number, since equal ones would be computed once (and one from a fixed point, 1 = 0.999 * 1 + 0.001, not at all).
 
 namespace fastgpt {
 namespace {

@@ -1,0 +1,67 @@
+"""One plot for each results document: what is faster, by how much, and how sure that is."""
+import matplotlib
+
+from benchmarks.machine import one_line
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+WIDTH = 8  # inches
+COLOURS = {("float32", 1): "#8fb8de", ("float32", 2): "#1f5f99", ("bfloat16", 1): "#f0b27a", ("bfloat16", 2): "#b9561a"}
+OURS, OTHERS = "#1f5f99", "#a8a8a8"
+
+
+def save(found, path):
+    figure = PLOTS[found["benchmark"]](found["rows"])
+    figure.text(0.01, 0.005, one_line(found["machine"]), fontsize=6, color="0.4")
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def ops_plot(rows):
+    """A dot for each shape: how many times faster than PyTorch, by op and pass."""
+    names = list(dict.fromkeys((row["op"], row["what"]) for row in rows))
+    figure, axes = pyplot.subplots(figsize=(WIDTH, 0.36 * len(names) + 1.2), layout="constrained")
+    kinds = sorted({(row["dtype"], row["threads"]) for row in rows}, key=lambda kind: (kind[0] != "float32", kind))
+    for i, kind in enumerate(kinds):
+        dots = [(row["ratio"]["median"], names.index((row["op"], row["what"])) + 0.16 * (i - (len(kinds) - 1) / 2))
+                for row in rows if (row["dtype"], row["threads"]) == kind and row["ratio"]]
+        axes.scatter([x for x, _ in dots], [y for _, y in dots], s=14, label=f"{kind[0]}, {kind[1]} threads",
+                     color=COLOURS.get(kind))
+    axes.set_yticks(range(len(names)), [f"{op}, {what}" for op, what in names], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.axvline(1, color="0.3", linewidth=1)
+    axes.set_xlabel("times faster than PyTorch's own (a dot for each shape)")
+    axes.legend(fontsize=7)
+    axes.grid(axis="x", alpha=0.3, which="both")
+    return figure
+
+
+def train_plot(rows):
+    return _bars(rows, "tokens_per_second", lambda row: f"{row['variant']}, {row['dtype']}, {row['threads']} thr",
+                 "training, tokens/s (quartiles)")
+
+
+def generate_plot(rows):
+    return _bars(rows, "decode_tokens_per_second",
+                 lambda row: f"{row['variant']}, {row['batch']} x {row['prompt']} + {row['new']}, {row['threads']} thr",
+                 "decoding, tokens/s (quartiles)")
+
+
+def _bars(rows, field, label, title):
+    rows = [row for row in rows if row[field]]
+    values = [row[field] for row in rows]
+    figure, axes = pyplot.subplots(figsize=(WIDTH, 0.26 * len(rows) + 1.2), layout="constrained")
+    medians = [value["median"] for value in values]
+    errors = [[v["median"] - v["q1"] for v in values], [v["q3"] - v["median"] for v in values]]
+    colours = [OURS if row["variant"] == "fastgpt" else OTHERS for row in rows]
+    axes.barh(range(len(rows)), medians, xerr=errors, color=colours, error_kw={"elinewidth": 1})
+    axes.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel(title)
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+PLOTS = {"ops": ops_plot, "train": train_plot, "generate": generate_plot}

@@ -1,0 +1,125 @@
+"""README tables and plots from benchmarks/results/*.json: python -m benchmarks.report
+
+In README.md, what lies between <!-- bench:NAME --> and <!-- /bench:NAME --> is replaced by the table of
+results/NAME.json; each document also becomes a plot, results/NAME.png. A marker without its document is an error.
+"""
+import math
+import re
+
+from benchmarks import plots, results
+from benchmarks.machine import ROOT, one_line
+
+README = ROOT / "README.md"
+SECTION = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n)(.*?)(<!-- /bench:(?P=name) -->)", re.DOTALL)
+
+
+def fill(text, documents):
+    """text with every marked section replaced by its document's table."""
+    def section(match):
+        if match["name"] not in documents:
+            raise ValueError(f"the marker bench:{match['name']} has no benchmarks/results/{match['name']}.json")
+        return match[1] + table(documents[match["name"]]) + "\n" + match[4]
+    if text.count("<!-- bench:") != len(SECTION.findall(text)):
+        raise ValueError("a bench marker has no end of the same name")
+    return SECTION.sub(section, text)
+
+
+def table(found):
+    """The Markdown of one document, with the line that says where and when."""
+    return TABLES[found["benchmark"]](found["rows"]) + f"\n\n{one_line(found['machine'])}."
+
+
+def markdown(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def quartiles(ratio, digits=2):
+    if ratio is None:
+        return "-"
+    return f"{ratio['median']:.{digits}f} ({ratio['q1']:.{digits}f} to {ratio['q3']:.{digits}f})"
+
+
+def settings_of(rows):
+    """The (dtype, threads) of the rows, float32 first."""
+    return sorted({(row["dtype"], row["threads"]) for row in rows}, key=lambda kind: (kind[0] != "float32", kind))
+
+
+def threads_label(threads):
+    return f"{threads} thread" + "s" * (threads > 1)
+
+
+def ops_table(rows):
+    """A row for each op and pass, over all its shapes: PyTorch's time over ours, share of the ceiling, targets met."""
+    kinds = settings_of(rows)
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["op"], row["what"]), []).append(row)
+    header = ["op", "", "shapes", *(f"{dtype}, {threads_label(threads)}" for dtype, threads in kinds),
+              "share of its ceiling", "targets met"]
+    return markdown(header, [_ops_row(name, group, kinds) for name, group in groups.items()])
+
+
+def _ops_row(name, rows, kinds):
+    cells = [_ratios([r for r in rows if (r["dtype"], r["threads"]) == kind]) for kind in kinds]
+    shares = [row["share"]["median"] for row in rows if row["share"]]
+    verdicts = [verdict for row in rows for verdict in row["met"].values()]
+    return [*name, len({row["shape"] for row in rows}), *cells,
+            f"{min(shares):.0%} to {max(shares):.0%}" if shares else "-", f"{verdicts.count('yes')} of {len(verdicts)}"]
+
+
+def _ratios(rows):
+    """The geometric mean over shapes, and the range; how many gave no figure."""
+    ratios = [row["ratio"]["median"] for row in rows if row["ratio"]]
+    missing = f"; {len(rows) - len(ratios)} without a figure" if len(ratios) < len(rows) else ""
+    if not ratios:
+        return "-"
+    mean = math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
+    return f"**{mean:.2f}** ({min(ratios):.2f} to {max(ratios):.2f}{missing})"
+
+
+def train_table(rows):
+    header = ["", "dtype", "threads", "tokens/s", "share of its ceiling", "peak memory, MB", "fastgpt is"]
+    ours = {(r["dtype"], r["threads"]): r for r in rows if r["ratios"]}
+    return markdown(header, [_train_row(row, ours.get((row["dtype"], row["threads"]))) for row in rows])
+
+
+def _train_row(row, ours):
+    name = [row["variant"], row["dtype"], row["threads"]]
+    if row["failure"]:
+        return [*name, row["failure"], "-", "-", "-"]
+    share = f"{row['share']['median']:.0%} of {row['ceiling']}" if row["share"] else "-"
+    ratio = ours and ours["ratios"].get(row["variant"])
+    faster = f"**{ratio['median']:.2f} x** ({ratio['q1']:.2f} to {ratio['q3']:.2f})" if ratio else ""
+    return [*name, quartiles(row["tokens_per_second"], 0), share, f"{row['peak_mb']:.0f}", faster]
+
+
+def generate_table(rows):
+    header = ["", "batch x prompt + new", "threads", "prefill, tokens/s", "decoding, tokens/s", "share of its ceiling"]
+    lines = []
+    for row in rows:
+        name = [row["variant"], f"{row['batch']} x {row['prompt']} + {row['new']}", row["threads"]]
+        if row["failure"]:
+            lines.append([*name, row["failure"], "-", "-"])
+            continue
+        share = f"{row['share']['median']:.0%} of {row['ceiling']}" if row["share"] else "-"
+        rates = [quartiles(row[f"{part}_tokens_per_second"], 0) for part in ("prefill", "decode")]
+        lines.append([*name, *rates, share])
+    return markdown(header, lines)
+
+
+TABLES = {"ops": ops_table, "train": train_table, "generate": generate_table}
+
+
+def main():
+    documents = results.load_all()
+    for name, found in documents.items():
+        plots.save(found, results.RESULTS / f"{name}.png")
+        print(f"benchmarks/results/{name}.png")
+    text = README.read_text()
+    README.write_text(fill(text, documents))
+    print(f"README.md: {len(SECTION.findall(text))} tables")
+
+
+if __name__ == "__main__":
+    main()

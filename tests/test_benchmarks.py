@@ -1,0 +1,404 @@
+"""The benchmarks' own machinery, and a tiny run of each script."""
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+
+from benchmarks import (
+    bench_generate,
+    bench_ops,
+    bench_train,
+    cases,
+    ceilings,
+    machine,
+    plots,
+    report,
+    results,
+    timing,
+    training,
+)
+from benchmarks.neighbours import WINDOW, Neighbours, busy_seconds
+from benchmarks.processes import Process, memory_mb
+from benchmarks.threads import use_threads
+from fastgpt import GPT, ops
+from fastgpt.cpu import extension
+
+needs_extension = pytest.mark.skipif(extension._C is None, reason=str(extension.MISSING))
+
+
+@pytest.fixture
+def alone():
+    """Neighbours that never disturb."""
+    return Neighbours(busy=lambda: None)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs():
+    """Here PyTorch's own speed and numbers count: its outputs stay as they are."""
+
+
+@pytest.fixture
+def run_script(capsys):
+    """Runs a script's main with options: -> the document that it prints last."""
+    def run(script, *options):
+        script.main(options)
+        return results.check(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    return run
+
+
+class Scripted(timing.Variant):
+    """A contestant whose samples are given."""
+
+    def __init__(self, name, seconds, dirty=()):
+        super().__init__(name, lambda: None)
+        self.seconds, self.dirty_rounds, self.log = list(seconds), dirty, []
+
+    def prepare(self):
+        pass
+
+    def sample(self, evict=None):
+        return timing.Sample(self.seconds.pop(0))
+
+
+def test_the_ratio_is_taken_round_by_round(alone):
+    # The machine slows down tenfold midway: the ratio of medians would be anything, that of each round is 2.
+    drift = [1, 1, 1, 10, 10]
+    result = timing.compare([Scripted("a", drift), Scripted("b", [2 * d for d in drift])], rounds=5, neighbours=alone)
+    assert result.ratio("a", "b") == {"median": 2, "q1": 2, "q3": 2, "count": 5}
+    assert result.timing("b") == {"median": 2, "q1": 2, "q3": 20, "count": 5}
+
+
+def test_the_order_rotates(alone):
+    log = []
+
+    def contestant(name):
+        variant = Scripted(name, [1.0] * 3)
+        variant.sample = lambda evict: log.append(name) or timing.Sample(1.0)
+        return variant
+
+    timing.compare([contestant(name) for name in "abc"], rounds=3, neighbours=alone)
+    assert "".join(log) == "abcbcacab"
+
+
+def test_disturbed_rounds_do_not_count_while_enough_are_clean(alone):
+    result = timing.compare([Scripted("a", [1, 1, 5, 1]), Scripted("b", [3, 3, 3, 3])], rounds=4, neighbours=alone)
+    result.samples["a"][2].dirty = True
+    assert result.timing("a")["count"] == result.ratio("a", "b")["count"] == 3
+    assert result.ratio("a", "b")["q1"] == 3 and result.dirty("a") == 1
+    result.samples["b"][0].dirty = True  # two clean rounds are too few: all four count
+    assert result.ratio("a", "b")["count"] == 4 and result.timing("a")["count"] == 3
+
+
+def test_a_wrong_variant_has_no_figures(alone):
+    def check():
+        raise AssertionError("output 0: off by 3")
+
+    timed = []
+    wrong = timing.Variant("wrong", lambda: timed.append(1), check=check)
+    result = timing.compare([wrong, Scripted("right", [1.0] * 3)], rounds=3, neighbours=alone)
+    assert result.failures == {"wrong": "AssertionError: output 0: off by 3"} and not timed
+    assert result.timing("wrong") is None and result.ratio("right", "wrong") is None
+    assert result.timing("right")["count"] == 3
+
+
+def test_a_variant_that_breaks_in_a_later_round_has_no_figures(alone):
+    runs = iter(range(4))
+
+    def run():
+        if next(runs) == 3:
+            raise RuntimeError("out of luck")
+
+    breaks = timing.Variant("a", run, sample_seconds=0.0)
+    result = timing.compare([breaks, Scripted("b", [1.0] * 4)], rounds=4, neighbours=alone)
+    assert result.failures == {"a": "RuntimeError: out of luck"} and result.timing("b")["count"] == 4
+
+
+def test_a_budget_ends_the_run(alone):
+    def slow():
+        time.sleep(0.03)
+
+    def rounds(budget):
+        variant = timing.Variant("a", slow, known_seconds=0.03)
+        return timing.compare([variant], rounds=9, budget=budget, neighbours=alone).timing("a")["count"]
+
+    assert rounds(0.001) == 1 and rounds(0.05) == 3 and rounds(10.0) == 9
+
+
+def test_a_short_run_is_repeated_and_setup_is_not_timed(alone):
+    runs = []
+    variant = timing.Variant("a", lambda: runs.append(1), setup=lambda: time.sleep(0.02), sample_seconds=0.002)
+    result = timing.compare([variant], rounds=3, neighbours=alone)
+    assert variant.repeats > 10 and result.timing("a")["median"] < 1e-4
+
+
+def test_cold_samples_are_single_runs_after_an_eviction(alone):
+    log = []
+    variant = timing.Variant("a", lambda: log.append("run"), sample_seconds=0.001)
+    variant.prepare()
+    log.clear()
+    variant.sample(evict=lambda: log.append("evict"))
+    assert log == ["evict", "run"]
+
+
+class FakeMachine:
+    """Busy seconds by a script: each reading is the wall clock times the cores that are in use."""
+
+    def __init__(self, cores):
+        self.cores, self.total, self.last = cores, 0.0, time.perf_counter()
+
+    def __call__(self):
+        now = time.perf_counter()
+        self.total += self.cores * (now - self.last)
+        self.last = now
+        return self.total
+
+
+@pytest.mark.parametrize(("cores", "dirty"), [(0.0, False), (1.0, True)])
+def test_samples_beside_a_busy_process_are_marked(cores, dirty):
+    neighbours = Neighbours(busy=FakeMachine(cores), patience=(0.0, 0.0))
+    sample = timing.Sample(1.0)
+    time.sleep(WINDOW)
+    neighbours.add(sample)
+    assert sample.dirty is dirty
+
+
+def test_a_contestants_own_work_is_no_disturbance():
+    neighbours = Neighbours(busy=FakeMachine(1.0))
+    sample = timing.Sample(1.0, cpu_seconds=WINDOW)
+    time.sleep(WINDOW)
+    neighbours.add(sample)
+    assert sample.dirty is False
+
+
+def test_waiting_for_neighbours_ends():
+    busy = FakeMachine(1.0)
+    neighbours = Neighbours(busy=busy, patience=(3 * WINDOW, 4 * WINDOW))
+    neighbours.dirty = True
+    start = time.perf_counter()
+    neighbours.wait_until_quiet()
+    assert neighbours.dirty and WINDOW < time.perf_counter() - start < 20 * WINDOW
+    busy.cores = 0.0
+    neighbours.wait_until_quiet()
+    assert not neighbours.dirty
+
+
+@pytest.mark.skipif(busy_seconds() is None, reason="no /proc/stat")
+def test_busy_seconds_count_what_this_process_uses():
+    before, cpu = busy_seconds(), time.process_time()
+    while time.process_time() - cpu < 0.2:
+        pass
+    assert busy_seconds() - before > 0.1
+    assert busy_seconds("/nonexistent") is None
+
+
+CHILD = """
+import sys
+from benchmarks.processes import Parent
+parent = Parent()
+print("noise that must not come between the messages")
+{body}
+"""
+
+
+def child(body, **options):
+    return Process("child", [sys.executable, "-c", CHILD.format(body=body)], env={"PYTHONPATH": str(ROOT)}, **options)
+
+
+def test_a_child_steps_when_it_is_asked_to(alone):
+    process = child("n = iter(range(9)); parent.serve(lambda: {'step': next(n)}, ready='yes')")
+    result = timing.compare([process, Scripted("here", [1.0] * 3)], rounds=3, neighbours=alone)
+    process.close()
+    assert process.head == {"ready": "yes"} and process.child.returncode == 0
+    assert [s.values["step"] for s in result.samples["child"]] == [0, 1, 2]
+    assert result.ratio("child", "here")["median"] > 1
+
+
+@pytest.mark.parametrize(("body", "reason"), [
+    ("parent.refuse('no compiler here')", "no compiler here"),
+    ("sys.exit(3)", "died with exit status 3"),
+    ("parent.serve(lambda: sys.exit(4))", "died with exit status 4"),
+    ("import time; time.sleep(60)", "took more than the limit of 0.5 s"),
+    ("import time; parent.serve(lambda: time.sleep(60))", "took more than the limit of 0.5 s"),
+])
+def test_a_child_that_fails_says_why(alone, body, reason):
+    process = child(body, limit=0.5 if "sleep" in body else 60.0)
+    result = timing.compare([process, Scripted("here", [1.0] * 3)], rounds=3, neighbours=alone)
+    process.close()
+    assert result.failures == {"child": reason} and process.child.poll() is not None
+    assert result.timing("here")["count"] == 3
+
+
+def test_memory_figures():
+    assert memory_mb("VmHWM") is None or memory_mb("VmHWM") >= memory_mb("VmRSS") > 10
+
+
+def test_the_work_of_a_case_counts_what_it_must():
+    found = {c.key: c for c in cases.all_cases()}
+    assert found["linear, forward, 1024x768 -> 3072"].flops == 2 * 1024 * 768 * 3072
+    assert found["cross_entropy, forward + backward, 1024x768 -> 50257"].flops == 6 * 1024 * 768 * 50257
+    # 4 * D for each pair (i, j <= i), and 2.5 times that in the backward
+    assert found["attention, forward, 4x12x128x64"].flops == 4 * 64 * 4 * 12 * (128 * 129 // 2)
+    assert found["attention, forward + backward, 4x12x128x64"].flops == 3.5 * 4 * 64 * 4 * 12 * (128 * 129 // 2)
+    assert {c.op for c in found.values()} == set(ops.OPS)
+
+
+def test_the_traffic_of_a_case_counts_each_tensor():
+    every = cases.all_cases(cases.SIZES["tiny"])
+    tiny = {c.key: bench_ops.Subject(c, "float32") for c in every if "float32" in c.targets}
+    M, K, N = 16, 24, 96
+    x, weight, bias, y = 4 * M * K, 4 * N * K, 4 * N, 4 * M * N
+    assert tiny[f"linear, forward, {M}x{K} -> {N}"].traffic == x + weight + bias + y
+    assert tiny[f"linear, input gradient, {M}x{K} -> {N}"].traffic == y + weight + x
+    assert tiny[f"linear, weight gradient, {M}x{K} -> {N}"].traffic == y + x + weight + bias
+    assert tiny["gelu, forward + backward, 2x8x96"].traffic == 5 * 4 * 2 * 8 * 96  # x twice, y, dy, dx
+
+
+def test_a_wrong_op_has_no_figures(monkeypatch, alone):
+    case = next(c for c in cases.all_cases(cases.SIZES["tiny"]) if c.op == "gelu")
+    broken = cases.Case(**{**vars(case), "ours": lambda x: torch.relu(x)})
+    row = bench_ops.measure(bench_ops.Subject(broken, "float32"), 1, bench_ops.Effort(rounds=1), alone)
+    assert "output 0: norm-relative error" in row["failures"]["fastgpt"]
+    assert row["seconds"] is None and row["ratio"] is None and row["pytorch_seconds"]
+
+
+@needs_extension
+def test_a_slow_rival_is_not_waited_for(alone):
+    case = next(c for c in cases.all_cases(cases.SIZES["tiny"]) if c.op == "gelu")
+    subject = bench_ops.Subject(case, "float32")
+    subject.pytorch_cpu_seconds = 100.0
+    row = bench_ops.measure(subject, 2, bench_ops.Effort(rounds=1, cap=20.0), alone)
+    assert row["failures"] == {"pytorch": "a run takes more than the cap of 20 s"}
+    assert row["seconds"] and row["ratio"] is None
+
+
+@needs_extension
+def test_ceilings_grow_with_the_vectors_and_shrink_with_distance(level, alone):
+    with use_threads(1):
+        rates = {row["ceiling"]: row["rate"]["median"] for row in ceilings.measure(1, 5, alone)}
+    assert rates["L2 read"] > rates["memory read"] > 0.5
+    # From one operation a cycle at 1 GHz to four units at 8 GHz: a wrong count of lanes or chains would leave this.
+    assert extension._C.vector_width() * 0.5 < rates["float32 FMA"] < extension._C.vector_width() * 8 * 8
+
+
+@pytest.mark.parametrize(("value", "verdict"), [((1.2, 1.3), "yes"), ((0.9, 1.1), "close"), ((0.8, 0.9), "no")])
+def test_a_target_is_met_by_the_median(value, verdict):
+    spread = {"median": value[0], "q1": 0.5, "q3": value[1], "count": 5}
+    row = {"targets": {"ratio": 1.0, "memory": 0.3, "share": 0.8}, "ratio": spread, "memory": 0.31, "share": None}
+    assert bench_ops.judge(row) == {"ratio": verdict, "memory": "no", "share": "unknown"}
+
+
+def test_losses_that_differ_have_no_figures():
+    result = timing.Comparison(["fastgpt", "nanogpt"])
+    for name, loss in (("fastgpt", 4.61), ("nanogpt", 4.60)):
+        result.samples[name] = [timing.Sample(1.0, values={"loss": loss})]
+    heads = {name: {"first_loss": 4.7} for name in result.samples}
+    bench_train.check_losses(result, heads, "float32")
+    assert result.failures == {"fastgpt": "AssertionError: the loss of step 1 is 4.610000, expected 4.600000"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_all_training_variants_have_the_same_losses(dtype):
+    config = training.MODELS["tiny"]
+    losses = {}
+    for variant in training.KINDS:
+        step = training.stepper(*training.build(variant, config), dtype, 2, 8)
+        losses[variant] = [step()["loss"] for _ in range(3)]
+    for variant, curve in losses.items():
+        assert curve == pytest.approx(losses["nanogpt"], rel=training.LOSS_TOLERANCE[dtype]), variant
+
+
+def test_tokens_that_are_not_the_likeliest_have_no_figures():
+    model = GPT(training.MODELS["tiny"]).eval()
+    prompts = torch.randint(101, (2, 5))
+    ids = model.generate(prompts, 4, temperature=0.0)
+    bench_generate.check_greedy(model, prompts, 4, ids)
+    wrong = ids.clone()
+    wrong[1, 7] = (wrong[1, 7] + 1) % 101
+    with pytest.raises(timing.Failure, match="a token is not the likeliest"):
+        bench_generate.check_greedy(model, prompts, 4, wrong)
+
+
+def test_flops_of_a_training_step():
+    # 124 million parameters, 6 each, and 14 million for attention at 256 tokens: 757 million a token.
+    assert bench_train.flops_per_token(training.MODELS["gpt2"], 256) == pytest.approx(756e6, rel=0.005)
+
+
+def test_the_machine_line():
+    found = machine.describe()
+    assert found["versions"]["torch"] == torch.__version__ and found["cpus"] >= 1
+    assert str(ROOT) not in json.dumps(found)
+    assert machine.one_line(found).startswith(found["cpu"])
+
+
+@needs_extension
+def test_bench_ops_runs_and_reports(tmp_path, run_script):
+    options = ["--sizes", "tiny", "--quick", "--threads", "1", "--dtypes", "float32"]
+    found = run_script(bench_ops, *options, "--ops", "layer_norm", "cross_entropy")
+    assert {row["op"] for row in found["rows"]} == {"layer_norm", "cross_entropy"}
+    assert any(row.get("peak_mb") for row in found["rows"])
+    for row in found["rows"]:
+        assert not row["failures"] and row["seconds"]["median"] > 0 and row["share"]["median"] > 0 and row["ratio"]
+    assert {row["ceiling"] for row in found["ceilings"]} >= {"float32 FMA", "L2 read", "L3 read", "memory read"}
+    _report(found, tmp_path)
+
+
+@needs_extension
+def test_bench_train_runs_and_reports(tmp_path, run_script):
+    options = ["--model", "tiny", "--batch", "2", "--length", "8", "--threads", "1", "--quick", "--dtypes", "float32"]
+    found = run_script(bench_train, *options, "--variants", "fastgpt", "nanogpt")
+    assert [row["variant"] for row in found["rows"]] == ["fastgpt", "nanogpt"]
+    for row in found["rows"]:
+        assert row["failure"] is None and row["tokens_per_second"]["median"] > 0 and row["losses"][0] < 5
+        assert row["peak_mb"] is None or row["peak_mb"] > row["base_mb"] > 10
+    assert found["rows"][0]["ratios"]["nanogpt"]["median"] > 0
+    _report(found, tmp_path)
+
+
+@needs_extension
+def test_bench_generate_runs_and_reports(tmp_path, run_script):
+    found = run_script(bench_generate, "--model", "tiny", "--scenarios", "tiny", "--threads", "1", "--quick")
+    assert [row["variant"] for row in found["rows"]] == ["fastgpt", "reference", "transformers"]
+    for row in found["rows"]:
+        assert row["failure"] is None and row["prefill_tokens_per_second"]["median"] > 0
+        assert row["decode_tokens_per_second"]["median"] > 0
+    _report(found, tmp_path)
+
+
+def _report(found, folder):
+    """The README's table and the plot of a document."""
+    readme = "before\n<!-- bench:x -->\nold\n<!-- /bench:x -->\nafter\n"
+    filled = report.fill(readme, {"x": found})
+    assert filled.startswith("before\n<!-- bench:x -->\n| ") and filled.endswith("<!-- /bench:x -->\nafter\n")
+    assert "old" not in filled and found["machine"]["date"] in filled
+    assert report.fill(filled, {"x": found}) == filled
+    plots.save(found, folder / "x.png")
+    assert (folder / "x.png").stat().st_size > 1000
+
+
+def test_markers_without_a_document_or_an_end_are_errors():
+    with pytest.raises(ValueError, match="bench:ops has no benchmarks/results/ops.json"):
+        report.fill("<!-- bench:ops -->\n<!-- /bench:ops -->", {})
+    with pytest.raises(ValueError, match="no end of the same name"):
+        report.fill("<!-- bench:ops -->\n<!-- /bench:train -->", {})
+
+
+def test_kept_results_and_the_readme_agree():
+    documents = results.load_all()
+    readme = ROOT / "README.md"
+    if readme.exists():
+        assert report.fill(readme.read_text(), documents) == readme.read_text(), "run python -m benchmarks.report"
+
+
+def test_a_document_without_its_fields_is_refused():
+    good = {"schema": 1, "benchmark": "ops", "machine": {}, "settings": {}, "ceilings": [], "rows": []}
+    assert results.check(good) == good
+    for change, message in (({"rows": None}, "rows must be a list"), ({"schema": 2}, "schema 2, expected 1"),
+                            ({"rows": [{"seconds": {"median": 1}}]}, "seconds must have")):
+        with pytest.raises(ValueError, match=message):
+            results.check({**good, **change})
