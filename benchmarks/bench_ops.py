@@ -1,7 +1,8 @@
 """Every op against PyTorch's own at GPT-2's shapes: python -m benchmarks.bench_ops [--quick] [--save ops]
 
 Ours, PyTorch's and two ceilings (arithmetic, and reading from where the data lives) take turns in one process. A row
-has figures only after our values and gradients have passed the tests' accuracy rule. The last line is one JSON document.
+has figures only after our values and gradients have passed the tests' accuracy rule. The last line is one JSON
+document.
 """
 import argparse
 import time

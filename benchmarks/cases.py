@@ -30,7 +30,7 @@ class Sizes:
 SIZES = {"gpt2": Sizes(), "tiny": Sizes(2, 8, ((2, 8), (1, 19)), 24, 3, 65)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     op: str  # its name in fastgpt.ops
     what: str

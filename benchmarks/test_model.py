@@ -3,7 +3,9 @@ import pytest
 import torch
 
 from benchmarks import bench_generate, training
+from fastgpt import GPT
 
+pytestmark = pytest.mark.benchmark(max_time=0.5, min_rounds=3)
 CONFIG = training.MODELS["small"]
 BATCH, LENGTH = 4, 128
 
@@ -35,7 +37,7 @@ def test_training_step(benchmark, threads, variant, dtype):
 @pytest.mark.parametrize("variant", ["fastgpt", "reference", "transformers"])
 def test_generation(benchmark, threads, variant):
     benchmark.group = "generation"
-    model = training.build("fastgpt", CONFIG)[0].eval()
+    model = GPT(CONFIG).eval()
     prompts = torch.randint(CONFIG.vocab_size, (2, 16), generator=torch.Generator().manual_seed(3))
     contestant = bench_generate.contestants(model, prompts, 16)[variant]
     contestant.check()

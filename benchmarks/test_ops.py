@@ -6,6 +6,7 @@ import pytest
 from benchmarks import cases
 from benchmarks.bench_ops import Subject
 
+pytestmark = pytest.mark.benchmark(max_time=0.2, min_rounds=3)
 # bfloat16 forward only: PyTorch's backward takes seconds where the processor has no such instructions.
 SUBJECTS = [(case, dtype) for case in cases.all_cases() for dtype in case.targets
             if dtype == "float32" or case.what == cases.FORWARD]
