@@ -24,6 +24,10 @@ def fill(text, documents):
     return SECTION.sub(section, text)
 
 
+def markers(text):
+    return {match["name"] for match in SECTION.finditer(text)}
+
+
 def table(found):
     """The Markdown of one document, with the line that says where and when."""
     return TABLES[found["benchmark"]](found["rows"]) + f"\n\n{one_line(found['machine'])}."

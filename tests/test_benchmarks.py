@@ -389,10 +389,11 @@ def test_markers_without_a_document_or_an_end_are_errors():
 
 
 def test_kept_results_and_the_readme_agree():
-    documents = results.load_all()
-    readme = ROOT / "README.md"
-    if readme.exists():
-        assert report.fill(readme.read_text(), documents) == readme.read_text(), "run python -m benchmarks.report"
+    documents, text = results.load_all(), (ROOT / "README.md").read_text()
+    missing = report.markers(text) - set(documents)
+    if missing:
+        pytest.skip(f"no results are kept for {', '.join(sorted(missing))}")
+    assert report.fill(text, documents) == text, "run python -m benchmarks.report"
 
 
 def test_a_document_without_its_fields_is_refused():
