@@ -141,7 +141,7 @@ def get_num_threads():
 
 LEVEL, LEVEL_REASON = _choose_level()
 if _C is None:
-    THREADS_REASON = MISSING
+    THREADS_REASON = "there is no extension"
     warnings.warn(f"fastgpt runs on its PyTorch reference, slower: {MISSING}", stacklevel=2)
 else:
     _C.select_level(LEVEL)
