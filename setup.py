@@ -1,7 +1,7 @@
 """Builds fastgpt._C: the C++ kernels, each instruction-set level in a file with its own flags, and the CUDA part.
 
 FASTGPT_BUILD=auto (the CPU part, and the CUDA part when nvcc is found) | cpu | cuda (raises without nvcc) | none (pure
-Python, on PyTorch's ops). The build prints what it decided and why, and `fastgpt info` shows it. CXX names the compiler.
+Python, on PyTorch's ops). The build prints what it decided and why; `fastgpt info` shows it. CXX names the compiler.
 """
 import json
 import os
@@ -65,19 +65,22 @@ def choose_nvcc(choice):
     return None, f"no CUDA part: no nvcc in {where}"
 
 
+def output_of(*command):
+    return subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
+
+
 def probe(compiler):
     """(whether the compiler makes x86-64 code, its version), by its predefined macros."""
     if not shutil.which(compiler[0]):
         raise PlatformError(f"fastgpt needs a C++17 compiler and {compiler[0]!r} is not there: install one (g++ or "
                             "clang++), name one by CXX, or build with FASTGPT_BUILD=none for PyTorch's ops alone")
-    command = [*compiler, "-dM", "-E", "-x", "c++", os.devnull]
-    macros = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    macros = output_of(*compiler, "-dM", "-E", "-x", "c++", os.devnull).splitlines()
     version = next((line.split('"')[1] for line in macros if line.startswith("#define __VERSION__")), "?")
-    return "#define __x86_64__ 1" in macros, f"{' '.join(compiler[:1])} {version}"
+    return "#define __x86_64__ 1" in macros, f"{compiler[0]} {version}"
 
 
 def cuda_flags(nvcc):
-    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    known = output_of(nvcc, "--list-gpu-code").split()
     archs = [a for a in CUDA_ARCHS if f"sm_{a}" in known]
     if not archs:
         raise PlatformError(f"{nvcc} knows none of the architectures {', '.join(CUDA_ARCHS)}: it is too old; build "
@@ -90,7 +93,7 @@ def cuda_flags(nvcc):
 
 def cuda_link_flags(nvcc):
     """The static runtime, so that no toolkit is needed at run time, from the folders that nvcc itself links from."""
-    dryrun = subprocess.run([nvcc, "-dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    dryrun = output_of(nvcc, "-dryrun", "-x", "cu", os.devnull)
     folders = next((line.split("=", 1)[1] for line in dryrun.splitlines() if "LIBRARIES=" in line), "")
     return [*(f for f in shlex.split(folders) if not f.endswith("/stubs")), "-lcudart_static", "-ldl", "-lrt"]
 
@@ -123,7 +126,7 @@ class Build(build_ext):
     def compile_cuda(self, nvcc, source):
         target = Path(self.build_temp, source + ".o")
         target.parent.mkdir(parents=True, exist_ok=True)
-        if subprocess.run([nvcc, *cuda_flags(nvcc), "-c", source, "-o", str(target)]).returncode:
+        if subprocess.run([nvcc, *cuda_flags(nvcc), "-c", source, "-o", str(target)], check=False).returncode:
             raise CompileError(f"{nvcc} failed on {source}, see above; FASTGPT_BUILD=cpu builds without the CUDA part")
         return str(target)
 

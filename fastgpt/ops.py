@@ -67,19 +67,39 @@ def _check(condition, message):
         raise ValueError(message)
 
 
+def _check_tensor(op, name, tensor):
+    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {getattr(tensor, 'layout', type(tensor).__name__)}")
+
+
+def _check_floating(op, name, tensor):
+    _check_tensor(op, name, tensor)
+    if not tensor.is_floating_point():
+        raise TypeError(f"{op}: {name} must have a floating dtype, got {tensor.dtype}")
+
+
 def _check_vector(op, name, vector, size, like):
-    if vector is not None:
-        _check(tuple(vector.shape) == (size,), f"{op}: {name} must have shape ({size},), got {tuple(vector.shape)}")
-        _check_same_device(op, name, vector, like)
+    _check_floating(op, name, vector)
+    _check(tuple(vector.shape) == (size,), f"{op}: {name} must have shape ({size},), got {tuple(vector.shape)}")
+    _check_same_device(op, name, vector, like)
 
 
 def _check_same_device(op, name, tensor, like):
     _check(tensor.device == like.device, f"{op}: {name} is on {tensor.device}, the first argument on {like.device}")
 
 
-def _check_floating(op, name, tensor):
-    if not tensor.is_floating_point():
-        raise TypeError(f"{op}: {name} must have a floating dtype, got {tensor.dtype}")
+def _check_same_dtype(op, **tensors):
+    """Of the tensors that are not None; the first sets the dtype."""
+    (first, like), *others = tensors.items()
+    for name, tensor in others:
+        if tensor is not None and tensor.dtype != like.dtype:
+            raise ValueError(f"{op}: {first} is {like.dtype}, {name} {tensor.dtype}; give them one dtype, or use "
+                             "autocast")
+
+
+def _check_number(op, name, value, low, high=float("inf")):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
+        raise ValueError(f"{op}: {name} must be a number in [{low}, {high}), got {value!r}")
 
 
 def layer_norm(x, weight, bias=None, eps=1e-5):
@@ -87,31 +107,44 @@ def layer_norm(x, weight, bias=None, eps=1e-5):
 
     x (..., C), weight (C,), bias (C,) or None -> (..., C) in x's dtype. float32 weights may come with a bfloat16 x.
     """
-    _check_norm("layer_norm", x, weight, bias)
+    _check_norm("layer_norm", x, weight, bias, eps)
+    _check_norm_dtypes("layer_norm", x, weight, bias)
     return _implementation("layer_norm", x, weight, bias)(x, weight, bias, eps)
 
 
 def add_layer_norm(x, residual, weight, bias=None, eps=1e-5):
     """The residual add and the layer norm after it, in one pass: (layer_norm(x + residual), x + residual).
 
-    x and residual (..., C) of one shape, weight (C,), bias (C,) or None. The wider of their dtypes is that of both results:
-    under autocast a bfloat16 branch joins a float32 residual stream.
+    x and residual (..., C) of one shape, weight (C,), bias (C,) or None. The wider of their dtypes is that of both
+    results: under autocast a bfloat16 branch joins a float32 residual stream.
     """
-    _check_norm("add_layer_norm", x, weight, bias)
+    _check_norm("add_layer_norm", x, weight, bias, eps)
+    _check_floating("add_layer_norm", "residual", residual)
     _check(x.shape == residual.shape,
            f"add_layer_norm: residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
     _check_same_device("add_layer_norm", "residual", residual, x)
     if x.dtype != residual.dtype:
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
+    _check_norm_dtypes("add_layer_norm", x, weight, bias)
     return _implementation("add_layer_norm", x, residual, weight, bias)(x, residual, weight, bias, eps)
 
 
-def _check_norm(op, x, weight, bias):
+def _check_norm(op, x, weight, bias, eps):
     _check_floating(op, "x", x)
     _check(x.dim() >= 1 and x.shape[-1] > 0, f"{op}: x must have a last dimension C >= 1, got shape {tuple(x.shape)}")
     _check_vector(op, "weight", weight, x.shape[-1], x)
-    _check_vector(op, "bias", bias, x.shape[-1], x)
+    if bias is not None:
+        _check_vector(op, "bias", bias, x.shape[-1], x)
+    _check_number(op, "eps", eps, 0.0)
+
+
+def _check_norm_dtypes(op, x, weight, bias):
+    narrow = x.dtype in (torch.bfloat16, torch.float16)
+    if weight.dtype != x.dtype and not (narrow and weight.dtype == torch.float32):
+        raise ValueError(f"{op}: x is {x.dtype}, weight {weight.dtype}; weight must have x's dtype, or be float32 "
+                         "beside a narrower x")
+    _check_same_dtype(op, weight=weight, bias=bias)
 
 
 def gelu(x, approximate="none"):
@@ -143,21 +176,24 @@ def linear(x, weight, bias=None, *, activation=None, residual=None):
     _check_matrix("linear", x, weight)
     _check(activation in ACTIVATIONS, f"linear: activation must be one of {ACTIVATIONS}, got {activation!r}")
     N = weight.shape[0]
-    _check_vector("linear", "bias", bias, N, x)
+    if bias is not None:
+        _check_vector("linear", "bias", bias, N, x)
     if residual is not None:
+        _check_floating("linear", "residual", residual)
         _check(residual.shape == (*x.shape[:-1], N),
                f"linear: residual must have shape {(*x.shape[:-1], N)}, got {tuple(residual.shape)}")
         _check_same_device("linear", "residual", residual, x)
     x, weight, bias, residual = _autocast(x, weight, bias, residual)
-    _check(x.dtype == weight.dtype, f"linear: x is {x.dtype}, weight {weight.dtype}; give both one dtype, or use autocast")
+    _check_same_dtype("linear", x=x, weight=weight, bias=bias, residual=residual)
     function = _implementation("linear", x, weight, bias, residual)
     return function(x, weight, bias, activation=activation, residual=residual)
 
 
 def _check_matrix(op, x, weight):
+    _check_floating(op, "weight", weight)
     _check(weight.dim() == 2, f"{op}: weight must have shape (N, K), got {tuple(weight.shape)}")
     _check(x.dim() >= 1 and x.shape[-1] == weight.shape[1],
-           f"{op}: x must have K = {weight.shape[1]} in its last dimension (weight's second), got shape {tuple(x.shape)}")
+           f"{op}: x must have K = {weight.shape[1]} (weight's second) in its last dimension, got {tuple(x.shape)}")
     _check_same_device(op, "weight", weight, x)
 
 
@@ -178,15 +214,23 @@ def attention(q, k, v, *, causal=True, scale=None, dropout_p=0.0, key_mask=None,
         _check_same_device("attention", name, tensor, q)
     (B, H, _, D), (G, S) = q.shape, k.shape[1:3]
     _check(k.shape == v.shape, f"attention: k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
-    _check(k.shape[0] == B and k.shape[3] == D, f"attention: k must have batch {B} and head size {D} as q, got {tuple(k.shape)}")
+    _check(k.shape[0] == B and k.shape[3] == D,
+           f"attention: k must have batch {B} and head size {D} as q, got {tuple(k.shape)}")
     _check(G > 0 and H % G == 0, f"attention: q's {H} heads must be a multiple of k's {G}")
-    _check(0.0 <= dropout_p < 1.0, f"attention: dropout_p must be in [0, 1), got {dropout_p}")
+    _check(D > 0, "attention: q must have a head size of at least 1, got 0")
+    _check_number("attention", "dropout_p", dropout_p, 0.0, 1.0)
+    if scale is not None:
+        _check_number("attention", "scale", scale, float("-inf"))
+    if seed is not None:
+        _check(isinstance(seed, int) and 0 <= seed < 2 ** 63,
+               f"attention: seed must be an int in [0, 2**63), got {seed!r}")
     if key_mask is not None:
+        _check_tensor("attention", "key_mask", key_mask)
         _check(key_mask.shape == (B, S) and key_mask.dtype == torch.bool,
                f"attention: key_mask must be bool of shape {(B, S)}, got {key_mask.dtype} {tuple(key_mask.shape)}")
         _check_same_device("attention", "key_mask", key_mask, q)
     q, k, v = _autocast(q, k, v)
-    _check(q.dtype == k.dtype == v.dtype, f"attention: q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    _check_same_dtype("attention", q=q, k=k, v=v)
     if dropout_p > 0.0 and seed is None:
         seed = int(torch.randint(2 ** 63 - 1, ()))
     function = _implementation("attention", q, k, v)
@@ -202,13 +246,18 @@ def cross_entropy(x, weight, targets, *, bias=None, ignore_index=-100, reduction
     """
     _check_floating("cross_entropy", "x", x)
     _check_matrix("cross_entropy", x, weight)
-    _check_vector("cross_entropy", "bias", bias, weight.shape[0], x)
-    _check(targets.shape == x.shape[:-1] and targets.dtype == torch.int64,
-           f"cross_entropy: targets must be int64 of shape {tuple(x.shape[:-1])}, got {targets.dtype} {tuple(targets.shape)}")
+    if bias is not None:
+        _check_vector("cross_entropy", "bias", bias, weight.shape[0], x)
+    _check_tensor("cross_entropy", "targets", targets)
+    _check(isinstance(ignore_index, int), f"cross_entropy: ignore_index must be an int, got {ignore_index!r}")
+    shape = tuple(x.shape[:-1])
+    _check(targets.shape == shape and targets.dtype == torch.int64,
+           f"cross_entropy: targets must be int64 of shape {shape}, got {targets.dtype} {tuple(targets.shape)}")
     _check_same_device("cross_entropy", "targets", targets, x)
-    _check(reduction in ("mean", "sum", "none"), f"cross_entropy: reduction must be mean, sum or none, got {reduction!r}")
+    _check(reduction in ("mean", "sum", "none"),
+           f"cross_entropy: reduction must be mean, sum or none, got {reduction!r}")
     x, weight, bias = _autocast(x, weight, bias)
-    _check(x.dtype == weight.dtype, f"cross_entropy: x is {x.dtype}, weight {weight.dtype}; give both one dtype, or use autocast")
+    _check_same_dtype("cross_entropy", x=x, weight=weight, bias=bias)
     function = _implementation("cross_entropy", x, weight, bias)
     return function(x, weight, targets, bias=bias, ignore_index=ignore_index, reduction=reduction)
 

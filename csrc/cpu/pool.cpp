@@ -56,8 +56,8 @@ int current_cpu() { return -1; }
 void leave_cpu(int) {}
 #endif
 
-// All atomics are sequentially consistent: the protocol needs each side to see the other's store (generation and parked,
-// open and inside).
+// All atomics are sequentially consistent: each side must see the other's store (generation and parked, open and
+// inside).
 struct Pool {
   std::mutex busy;  // held by the thread whose job runs, and while the workers change
   std::vector<std::thread> workers;

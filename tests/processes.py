@@ -1,0 +1,17 @@
+"""Python in a process of its own, with the very fastgpt that the tests import, whatever folder they were started in."""
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import fastgpt
+
+PACKAGE_FOLDER = str(Path(fastgpt.__file__).parents[1])
+
+
+def run_python(code, *args, timeout=300, **env):
+    """Runs `code`; `env` adds environment variables. Returns the finished process with stdout and stderr as text."""
+    path = os.pathsep.join(filter(None, (PACKAGE_FOLDER, os.environ.get("PYTHONPATH"))))
+    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False,
+                          cwd=tempfile.gettempdir(), timeout=timeout, env={**os.environ, "PYTHONPATH": path, **env})
