@@ -232,9 +232,12 @@ def attention(q, k, v, *, causal=True, scale=None, dropout_p=0.0, key_mask=None,
     q, k, v = _autocast(q, k, v)
     _check_same_dtype("attention", q=q, k=k, v=v)
     if dropout_p > 0.0 and seed is None:
-        seed = int(torch.randint(2 ** 63 - 1, ()))
+        seed = torch.randint(2 ** 63 - 1, ())
+        # A compiled graph keeps it a tensor: an int would break the graph here, and Inductor miscompiles it as a symbol.
+        seed = seed if torch.compiler.is_compiling() else int(seed)
     function = _implementation("attention", q, k, v)
-    return function(q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, key_mask=key_mask, seed=seed or 0)
+    return function(q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, key_mask=key_mask,
+                    seed=0 if seed is None else seed)
 
 
 def cross_entropy(x, weight, targets, *, bias=None, ignore_index=-100, reduction="mean"):

@@ -83,6 +83,8 @@ def dropout_threshold(dropout_p):
 def dropout_keep_mask(seed, dropout_p, B, H, T, S, device=None):
     """The keep-mask (B, H, T, S) of attention dropout: a pure function of (seed, b, h, i, j), equal on every device.
 
+    seed: an int, or a tensor () of int64 as a compiled graph holds it.
+
     A row's key absorbs seed (low word, high word), b, h and i in turn; key j is kept when hash(row key + j * golden
     ratio) reaches the threshold. So a tile of any shape can make its own part of the mask.
     """
