@@ -44,7 +44,7 @@ def _processor():
     for name in extension.LEVELS:
         chosen = f"in use: {extension.LEVEL_REASON}" if name == extension.LEVEL else "available"
         rows.append(_row(f"  {name}", extension.level_refusal(name) or chosen))
-    for name, present in (("bf16", extension._C.cpu_has_bf16()), ("vnni", extension._C.cpu_has_vnni())):
+    for name, present in (("bf16", extension.HAS_BF16), ("vnni", extension.HAS_VNNI)):
         rows.append(_row(f"  {name}", "available" if present else f"the processor lacks avx512_{name}"))
     return rows
 

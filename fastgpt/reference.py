@@ -3,6 +3,8 @@
 Shapes: B batch, H query heads, G key/value heads, T query length, S key length, D head size, C channels, V vocabulary.
 The functions take any floating dtype and do no argument checks: `fastgpt.ops` does those once, at the border.
 """
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -11,7 +13,11 @@ _GOLDEN = 0x9E3779B9
 
 
 def layer_norm(x, weight, bias=None, eps=1e-5):
-    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+    parameters = [t for t in (weight, bias) if t is not None]
+    if all(p.dtype == x.dtype for p in parameters):
+        return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+    wide = functools.reduce(torch.promote_types, (p.dtype for p in parameters), x.dtype)
+    return F.layer_norm(x.to(wide), (x.shape[-1],), *(p.to(wide) for p in parameters), eps=eps).to(x.dtype)
 
 
 def add_layer_norm(x, residual, weight, bias=None, eps=1e-5):

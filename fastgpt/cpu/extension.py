@@ -12,6 +12,9 @@ except ImportError as error:
                "FASTGPT_BUILD=none; reinstall fastgpt with FASTGPT_BUILD=auto")
 
 LEVELS = ("baseline", "avx2", "avx512")
+# Constants, which a compiler that traces a caller can read.
+HAS_BF16 = _C is not None and _C.cpu_has_bf16()
+HAS_VNNI = _C is not None and _C.cpu_has_vnni()
 
 
 def _choose_level():

@@ -2,7 +2,7 @@
 import torch
 import torch.nn.functional as F
 
-from fastgpt.cpu.extension import _C
+from fastgpt.cpu.extension import HAS_BF16
 from fastgpt.cpu.gelu import _gelu_backward, gelu
 from fastgpt.cpu.gemm import matmul
 from fastgpt.cpu.launch import dense
@@ -11,7 +11,7 @@ from fastgpt.torch_op import define
 
 def bfloat16_product():
     """Who multiplies bfloat16 matrices on this processor: ("torch" or "cpp", reason)."""
-    if _C is not None and _C.cpu_has_bf16():
+    if HAS_BF16:
         return "torch", "the processor has avx512_bf16, which oneDNN drives at 95 % of its peak"
     return "cpp", "without avx512_bf16 the products run in float32 arithmetic, where ours is faster"
 
