@@ -16,6 +16,7 @@ import torch
 
 from fastgpt import GPT, GPTConfig, checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {"block_size": 8, "vocab_size": 17, "n_layer": 2, "n_head": 2, "n_embd": 6, "initializer_range": 0.3}
 CONFIGS = {
     "gpt2": {},

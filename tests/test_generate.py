@@ -5,6 +5,7 @@ import torch
 from fastgpt import GPT, GPTConfig, SamplingParams, sampling
 from fastgpt.generation import KVCache
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BLOCK, V = 16, 50
 RAGGED = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], list(range(20, 33))]
 
@@ -75,7 +76,7 @@ def test_ragged_prompts_give_what_each_gives_alone(model, n):
 def test_padding_of_a_ragged_batch_is_not_seen(model):
     """A prompt's logits do not move with what lies beside it, up to rounding: sampled tokens agree for many seeds."""
     long = [[int(i) for i in torch.randint(V, (15,))]]
-    for seed in range(10):
+    for seed in range(4):
         assert model.generate([[7], *long], 20, seed=seed)[0] == model.generate([[7]], 20, seed=seed)[0]
 
 

@@ -12,6 +12,7 @@ from plain_gpt import PlainGPT
 from fastgpt import GPT, GPTConfig
 from fastgpt import model as model_module
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"block_size": 19, "vocab_size": 61, "n_layer": 3, "n_head": 3, "n_embd": 33, "initializer_range": 0.2}
 SWITCHES = {
     "gpt2": {},
