@@ -17,7 +17,8 @@ def load_model(path=None, tokenizer=None, override=None):
     place = checkpoint_folder(SHIPPED if path is None else path)
     if path is None and not place.exists():
         raise FileNotFoundError(f"no model came with this installation ({SHIPPED} is missing): name one with --model")
-    model = GPT.from_pretrained(str(place), override)
+    # A file may keep its weights in bfloat16 for its size; few processors multiply it, all multiply float32.
+    model = GPT.from_pretrained(str(place), override).float()
     if tokenizer is not None:
         return model, Tokenizer.from_pretrained(tokenizer)
     try:
