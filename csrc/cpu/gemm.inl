@@ -129,42 +129,56 @@ void multiply_block(const Product& p, Part block, Step step, const float* a, con
     }
 }
 
-// Few rows, k contiguous in B's columns (decoding): a wider panel, for enough independent sums, and of B only what a
-// cache line holds is packed at a time, so that the multiply-adds overlap with the next loads.
+// Few rows, k contiguous in B's columns (decoding): the multiply-adds wait for the weights, so B is not packed but
+// transposed in registers and used at once. kFewGroups groups of W columns together: their sums are independent.
 constexpr int64_t kFewRows = 3;
-template <int M>
-constexpr int kFewVecs = M == 1 ? 8 : M == 2 ? 4 : 2;
-template <int M>
-constexpr int kFewCols = kFewVecs<M> * W;
+constexpr int kFewGroups = 2;
+constexpr int64_t kFewCols = kFewGroups * W;
 
-template <int M>
-INLINE void clear(Vec (&sums)[M][kFewVecs<M>]) {
-  UNROLL for (int i = 0; i < M; i++) UNROLL for (int j = 0; j < kFewVecs<M>; j++) sums[i][j] = Vec{};
+// sums += n steps of A's panel times those of W columns of B.
+template <int M, class T>
+INLINE void multiply_few_steps(const float* a, const T* const* line, int64_t k, int n, Vec (&sums)[M]) {
+  Vec steps[W];
+  load_transposed(line, k, n, steps);
+  UNROLL for (int s = 0; s < W; s++) {
+    if (s == n) break;
+    UNROLL for (int i = 0; i < M; i++) sums[i] = sums[i] + splat(a[s * kTileRows + i]) * steps[s];
+  }
+  // No later load before this: the compiler would hold more vectors than there are registers.
+  asm volatile("" ::: "memory");
+}
+
+// total = or += a block of K for kFewCols columns; a is a panel of A.
+template <int M, class T>
+NOINLINE void multiply_few_block(const float* a, const T* const* line, int64_t k, int64_t K, bool add,
+                                 Vec (&total)[kFewGroups][M]) {
+  Vec sums[kFewGroups][M];
+  UNROLL for (int g = 0; g < kFewGroups; g++) UNROLL for (int i = 0; i < M; i++) sums[g][i] = Vec{};
+  int64_t begin = 0;
+  for (; begin + kLine<T> <= K; begin += kLine<T>) {
+    UNROLL for (int g = 0; g < kFewGroups; g++)
+      UNROLL for (int64_t s = begin; s < begin + kLine<T>; s += W)
+        multiply_few_steps<M>(a + s * kTileRows, line + g * W, k + s, W, sums[g]);
+  }
+  for (; begin < K; begin += W) {
+    UNROLL for (int g = 0; g < kFewGroups; g++)
+      multiply_few_steps<M>(a + begin * kTileRows, line + g * W, k + begin, (int)min(W, K - begin), sums[g]);
+  }
+  UNROLL for (int g = 0; g < kFewGroups; g++)
+    UNROLL for (int i = 0; i < M; i++) total[g][i] = add ? total[g][i] + sums[g][i] : sums[g][i];
 }
 
 template <int M, class T>
-NOINLINE void multiply_few(const Product& p, Part part, const float* a, int64_t a_size) {
-  alignas(64) float panel[kLine<T> * kFewCols<M>], out[kTileRows * kTileCols];
-  for (int64_t j = 0; j < part.cols; j += kFewCols<M>) {
-    Lines<kFewCols<M>, T> b((const T*)p.b.data + (part.col + j) * p.b.col, p.b.col, part.cols - j);
-    Vec total[M][kFewVecs<M>];
-    for (int64_t k = 0; k == 0 || k < p.a.cols; k += kBlockK) {
-      Vec sums[M][kFewVecs<M>];
-      clear<M>(sums);
-      const float* a_panel = a + k / kBlockK * a_size;
-      int64_t K = min(kBlockK, p.a.cols - k);
-      for (int64_t s = 0; s < K; s += kLine<T>) {
-        int64_t steps = min(kLine<T>, K - s);
-        transpose_panel<kFewCols<M>>(b.line, k + s, steps, panel);
-        multiply_tile(sums, a_panel + s * kTileRows, 1, kTileRows, panel, kFewCols<M>, steps);
-      }
-      UNROLL for (int i = 0; i < M; i++) {
-        UNROLL for (int v = 0; v < kFewVecs<M>; v++) total[i][v] = k ? total[i][v] + sums[i][v] : sums[i][v];
-      }
-    }
-    for (int v = 0; v < kFewVecs<M> && j + v * W < part.cols; v++) {
-      for (int i = 0; i < M; i++) store(out + i * kTileCols, total[i][v]);
-      Part tile = {part.row, M, part.col + j + v * W, min(W, part.cols - j - v * W)};
+void multiply_few(const Product& p, Part part, const float* a, int64_t a_size) {
+  alignas(64) float out[kTileRows * kTileCols];
+  for (int64_t j = 0; j < part.cols; j += kFewCols) {
+    Lines<kFewCols, T> b((const T*)p.b.data + (part.col + j) * p.b.col, p.b.col, part.cols - j);
+    Vec total[kFewGroups][M];
+    for (int64_t k = 0; k == 0 || k < p.a.cols; k += kBlockK)
+      multiply_few_block<M>(a + k / kBlockK * a_size, b.line, k, min(kBlockK, p.a.cols - k), k > 0, total);
+    for (int g = 0; g < kFewGroups && j + g * W < part.cols; g++) {
+      for (int i = 0; i < M; i++) store(out + i * kTileCols, total[g][i]);
+      Part tile = {part.row, M, part.col + j + g * W, min(W, part.cols - j - g * W)};
       const float* earlier = p.accumulate ? (const float*)p.c.data + tile.row * p.c.row + tile.col : nullptr;
       finish_tile(p, tile, out, earlier, p.c.row);
     }

@@ -70,12 +70,17 @@ constexpr int kLanes = P < W ? W : P;
 template <class T>
 constexpr int64_t kLine = 64 / sizeof(T);
 
-// n numbers from each of W lines, side by side for each k, with `stride` between the k.
+// Numbers k .. k + n - 1 of W lines as n vectors over the lines.
+template <class T>
+INLINE void load_transposed(const T* const* line, int64_t k, int n, Vec (&steps)[W]) {
+  UNROLL for (int i = 0; i < W; i++) steps[i] = n == W ? load(line[i] + k) : load(line[i] + k, n);
+  transpose(steps);
+}
+
 template <class T>
 INLINE void transpose_lines(const T* const* line, int64_t k, int n, float* out, int64_t stride) {
   Vec steps[W];
-  UNROLL for (int i = 0; i < W; i++) steps[i] = n == W ? load(line[i] + k) : load(line[i] + k, n);
-  transpose(steps);
+  load_transposed(line, k, n, steps);
   UNROLL for (int s = 0; s < W; s++) {
     if (s == n) break;
     store(out + s * stride, steps[s]);
