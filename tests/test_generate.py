@@ -187,11 +187,15 @@ def test_a_large_repetition_penalty_never_repeats(model):
         assert len(set(row)) == len(row)
 
 
-def test_a_repetition_penalty_below_one_repeats_the_prompt_alone():
-    """Padding does not count as held: with a penalty that prefers what is held, only real tokens come."""
-    flat = GPT(GPTConfig(block_size=BLOCK, vocab_size=V, n_layer=1, n_head=1, n_embd=8, initializer_range=1e-3)).eval()
-    rows = flat.generate([[9, 30], [12, 13, 14, 15]], 6, temperature=0, repetition_penalty=1e-4)
-    assert set(rows[0]) == {9, 30} and set(rows[1]) <= {12, 13, 14, 15}
+def test_a_repetition_penalty_counts_prompt_and_new_tokens_but_no_padding():
+    """A model whose logits are 100 - id, whatever it reads: with a penalty that forbids what is held, ids come in order."""
+    model = GPT(GPTConfig(block_size=BLOCK, vocab_size=V, n_layer=1, n_head=1, n_embd=2, tie_word_embeddings=False)).eval()
+    with torch.no_grad():
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.copy_(torch.tensor([1.0, 0.0]))
+        model.lm_head.weight[:, 0] = 100 - torch.arange(V)
+    rows = model.generate([[9, 30], [12, 1, 14, 3]], 5, temperature=0, repetition_penalty=1e4)
+    assert rows == [[9, 30, 0, 1, 2, 3, 4], [12, 1, 14, 3, 0, 2, 4, 5, 6]]
 
 
 def test_seeded_draws_follow_the_distribution():
