@@ -48,6 +48,33 @@ struct Argument<const Epilogue&> {
   }
 };
 
+// (pointer, batch stride, head stride, position stride)
+template <>
+struct Argument<Heads> {
+  using Python = const std::tuple<uintptr_t, int64_t, int64_t, int64_t>&;
+  static Heads cast(Python a) {
+    auto [data, batch, head, position] = a;
+    return {reinterpret_cast<void*>(data), batch, head, position};
+  }
+};
+template <>
+struct Argument<AttentionShape> {
+  using Python = const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>&;
+  static AttentionShape cast(Python a) {
+    auto [B, H, G, T, S, D] = a;
+    return {B, H, G, T, S, D};
+  }
+};
+// (causal, scale, dropout_p, seed)
+template <>
+struct Argument<AttentionOptions> {
+  using Python = const std::tuple<bool, float, double, int64_t>&;
+  static AttentionOptions cast(Python a) {
+    auto [causal, scale, dropout_p, seed] = a;
+    return {causal, scale, dropout_p, seed};
+  }
+};
+
 template <class... A>
 void define(py::module_& m, const char* name, void (*Kernels::*kernel)(A...)) {
   m.def(
@@ -102,4 +129,6 @@ PYBIND11_MODULE(_C, m) {
   define(m, "gemm", &Kernels::gemm);
   define(m, "gelu_forward", &Kernels::gelu_forward);
   define(m, "gelu_backward", &Kernels::gelu_backward);
+  define(m, "attention_forward", &Kernels::attention_forward);
+  define(m, "attention_backward", &Kernels::attention_backward);
 }

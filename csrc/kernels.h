@@ -26,6 +26,25 @@ struct Epilogue {
   const void* residual;
 };
 
+// A (B, heads, length, D) tensor: strides in elements; that of D is 1.
+struct Heads {
+  void* data;
+  int64_t batch, head, position;
+};
+
+// H query heads share G key heads; T queries, S keys.
+struct AttentionShape {
+  int64_t B, H, G, T, S, D;
+};
+
+// scale: of the scores. seed: of the dropout mask.
+struct AttentionOptions {
+  bool causal;
+  float scale;
+  double dropout_p;
+  int64_t seed;
+};
+
 struct Kernels {
   const char* name;
   int width;  // floats in a vector
@@ -54,6 +73,15 @@ struct Kernels {
   // dx = dy gelu'(x + bias); dbias, float32 (cols) or null, is dx's sum over the rows.
   void (*gelu_backward)(int dtype, int tanh, const void* dy, const void* x, const void* bias, void* dx, float* dbias,
                         int64_t rows, int64_t cols);
+
+  // q, out: (B, H, T, D); k, v: (B, G, S, D), all of dtype; key_mask: (B, S) bytes or null, 0 where a key takes no part;
+  // lse: (B, H, T), the log of each row's sum of e**score, null when not wanted.
+  void (*attention_forward)(int dtype, Heads q, Heads k, Heads v, const uint8_t* key_mask, AttentionShape shape,
+                            AttentionOptions options, Heads out, float* lse);
+  // dout, out, dq as q; dk as k; dv as v. out and lse: what forward gave for the same arguments.
+  void (*attention_backward)(int dtype, Heads dout, Heads q, Heads k, Heads v, Heads out, const float* lse,
+                             const uint8_t* key_mask, AttentionShape shape, AttentionOptions options, Heads dq, Heads dk,
+                             Heads dv);
 };
 
 // Null where this build has no such level (another architecture).

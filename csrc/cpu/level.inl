@@ -16,6 +16,8 @@
 #include "layer_norm.inl"
 #include "pack.inl"
 #include "gemm.inl"
+#include "attention.inl"
+#include "attention_backward.inl"
 
 namespace fastgpt {
 namespace {
@@ -52,6 +54,14 @@ const Kernels table = {
     },
     [](int dtype, int tanh, const void* dy, const void* x, const void* bias, void* dx, float* dbias, int64_t rows,
        int64_t cols) { BY_GELU(dtype, tanh, gelu_backward, dy, x, bias, dx, dbias, rows, cols); },
+    [](int dtype, Heads q, Heads k, Heads v, const uint8_t* key_mask, AttentionShape shape, AttentionOptions options,
+       Heads out, float* lse) {
+      BY_DTYPE(dtype, attention_forward, {q, k, v, key_mask, shape, options}, out, lse);
+    },
+    [](int dtype, Heads dout, Heads q, Heads k, Heads v, Heads out, const float* lse, const uint8_t* key_mask,
+       AttentionShape shape, AttentionOptions options, Heads dq, Heads dk, Heads dv) {
+      BY_DTYPE(dtype, attention_backward, {q, k, v, key_mask, shape, options}, {dout, out, lse, dq, dk, dv});
+    },
 };
 
 }  // namespace

@@ -93,7 +93,7 @@ INLINE Vec load(const float* p, int n) {
   return (Vec)_mm256_maskload_ps(p, tail_mask(n));
 #else
   Vec a = {};
-  for (int i = 0; i < n; i++) a[i] = p[i];
+  for (int i = 0; i < n && i < W; i++) a[i] = p[i];
   return a;
 #endif
 }
@@ -116,6 +116,20 @@ INLINE void store(bf16* p, Vec a, int n) {
   memcpy(p, &h, 2 * n);
 }
 
+// Quarters of 4 floats, from p, p + stride, ...
+INLINE Vec load_quarters(const float* p, int64_t stride) {
+#if defined(__AVX512F__)
+  __m512 a = _mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride), 1);
+  return (Vec)_mm512_insertf32x4(_mm512_insertf32x4(a, _mm_loadu_ps(p + 2 * stride), 2), _mm_loadu_ps(p + 3 * stride), 3);
+#elif defined(__AVX2__) && FASTGPT_VEC_WIDTH == 8
+  return (Vec)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride), 1);
+#else
+  Vec a;
+  for (int q = 0; q < W / 4; q++) memcpy((char*)&a + 16 * q, p + q * stride, 16);
+  return a;
+#endif
+}
+
 // Sums of neighbours in a tree: one order for a given W.
 INLINE float reduce_add(Vec a) {
   float s[W];
@@ -125,9 +139,11 @@ INLINE float reduce_add(Vec a) {
   return s[0];
 }
 INLINE float reduce_max(Vec a) {
-  float m = a[0];
-  for (int i = 1; i < W; i++) m = a[i] > m ? a[i] : m;
-  return m;
+  float m[W];
+  memcpy(m, &a, sizeof m);
+  for (int step = W / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; i++) m[i] = m[i] > m[i + step] ? m[i] : m[i + step];
+  return m[0];
 }
 
 // Past the caches, for results that are too many to stay in them; p is aligned to the vector. Other threads see them
@@ -174,6 +190,26 @@ INLINE Vec exp(Vec x) {
   IntVec exponent = as_int(shifted) - 0x4B400000;
   Vec scaled = (p + p) * as_float((exponent - 1 + 127) << 23);
   return x < -87.0f ? Vec{} : scaled;
+}
+
+// e**x for x <= 0 (or a rounding error above), to about 1 ulp: 0 below -87, NaN for NaN. Half the latency of exp: no clamp
+// (what lies below -87 is discarded at the end), a polynomial in pairs, 2**n added to the exponent's bits.
+INLINE Vec exp_nonpositive(Vec x) {
+  Vec shifted = x * 1.44269504f + 12582912.0f;
+  Vec n = shifted - 12582912.0f;
+  Vec r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Vec r2 = r * r;
+  Vec high = r * 1.9875691500e-4f + 1.3981999507e-3f, middle = r * 8.3334519073e-3f + 4.1665795894e-2f;
+  Vec low = r * 1.6666665459e-1f + 5.0000001201e-1f;
+  Vec p = ((high * r2 + middle) * r2 + low) * r2 + (r + 1.0f);
+  return as_float((as_int(p) + (as_int(shifted) << 23)) & ~(x < -87.0f));
+}
+
+INLINE IntVec lane_index() {
+  IntVec a;
+  for (int i = 0; i < W; i++) a[i] = i;
+  return a;
 }
 
 // Calls task(i) for i in 0 .. count - 1 on the pool.

@@ -1,4 +1,5 @@
 """The C++ kernels for the CPU behind `fastgpt.ops`: one file an op, in the order launchers, op definitions, function."""
+from fastgpt.cpu.attention import attention
 from fastgpt.cpu.extension import MISSING
 from fastgpt.cpu.gelu import bias_gelu, gelu
 from fastgpt.cpu.launch import DTYPES
@@ -6,7 +7,7 @@ from fastgpt.cpu.layer_norm import add_layer_norm, layer_norm
 from fastgpt.cpu.linear import linear
 
 KERNELS = {"gelu": gelu, "bias_gelu": bias_gelu, "layer_norm": layer_norm, "add_layer_norm": add_layer_norm,
-           "linear": linear}
+           "linear": linear, "attention": attention}
 MAX_HEAD_SIZE = 256
 
 
