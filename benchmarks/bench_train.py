@@ -6,6 +6,10 @@ losses differ from the first PyTorch variant's has no figures. The last line is 
 """
 import argparse
 import sys
+import time
+
+import torch
+import torch.nn.functional as F
 
 from benchmarks import ceilings, results
 from benchmarks.machine import describe, one_line
@@ -29,36 +33,64 @@ def flops_per_token(config, length):
     return 6 * parameters + 6 * L * C * (length + 1)
 
 
+def step_flops(settings):
+    return settings["batch"] * settings["length"] * flops_per_token(MODELS[settings["model"]], settings["length"])
+
+
+def pytorch_seconds(dtype, flops):
+    """About what a PyTorch step of so many operations takes, by the speed of its three kinds of products."""
+    M, C = 256, 768
+    x, w, y = (torch.randn(rows, C).to(getattr(torch, dtype)) for rows in (M, C, M))
+    products = (lambda: F.linear(x, w), lambda: y @ w, lambda: y.t() @ x)
+    return flops * sum(_seconds(product) for product in products) / (len(products) * 2 * M * C * C)
+
+
+def _seconds(run):
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
 def children(settings, dtype, threads):
+    """-> (the processes that take part, name -> why another one does not)."""
+    expected = pytorch_seconds(dtype, step_flops(settings))
+    slow = expected > settings["cap"]
+    reason = (f"not started: by PyTorch's {dtype} products a step would take about {expected:.0f} s, over the cap of "
+              f"{settings['cap']:g} s")
     numbers = [str(n) for n in (settings["batch"], settings["length"], threads)]
     command = [sys.executable, "-m", "benchmarks.training"]
-    return [Process(variant, [*command, variant, dtype, settings["model"], *numbers], limit=settings["cap"],
-                    env={"OMP_NUM_THREADS": str(threads)}) for variant in settings["variants"]]
+    started = [name for name in settings["variants"] if name.startswith(OURS) or not slow]
+    processes = [Process(name, [*command, name, dtype, settings["model"], *numbers], limit=settings["cap"],
+                         env={"OMP_NUM_THREADS": str(threads)}) for name in started]
+    return processes, {name: reason for name in settings["variants"] if name not in started}
 
 
-def measure(settings, dtype, threads, neighbours):
-    """The rows of one dtype on so many threads."""
-    processes = children(settings, dtype, threads)
+def measure(settings, dtype, threads, neighbours, curve=None):
+    """The rows of one dtype on so many threads. curve: the losses to expect if no PyTorch variant of the dtype runs."""
     top = ceilings.arithmetic(ceilings.arithmetic_kind(dtype), threads)
-    try:
-        with use_threads(threads):
+    with use_threads(threads):
+        processes, left_out = children(settings, dtype, threads)
+        try:
             result = compare([*processes, *([top.variant()] if top else [])], rounds=settings["rounds"],
                              budget=settings["budget"], neighbours=neighbours)
-    finally:
-        for process in processes:
-            process.close()
+        finally:
+            for process in processes:
+                process.close()
+    result.failures.update(left_out)
     heads = {process.name: process.head for process in processes}
-    check_losses(result, heads, dtype)
-    return [_row(settings, (dtype, threads), name, heads[name], result, top) for name in heads]
+    check_losses(result, heads, dtype, curve)
+    return [_row(settings, (dtype, threads), name, heads.get(name), result, top) for name in settings["variants"]]
 
 
-def check_losses(result, heads, dtype):
-    """Fails the contestants whose losses are not those of the first PyTorch variant (or of the first there is)."""
+def check_losses(result, heads, dtype, curve=None):
+    """Fails the contestants whose losses are not those of the first PyTorch variant, or else of `curve`."""
     curves = {name: [heads[name]["first_loss"], *(s.values["loss"] for s in samples)]
               for name, samples in result.samples.items() if name in heads}
-    expected = next((curves[name] for name in (*(n for n in curves if n != OURS), *curves)), None)
-    for name, curve in curves.items():
-        for i, (loss, other) in enumerate(zip(curve, expected)):
+    expected = next((losses for name, losses in curves.items() if not name.startswith(OURS)), curve)
+    if expected is None:
+        return
+    for name, losses in curves.items():
+        for i, (loss, other) in enumerate(zip(losses, expected)):
             if not abs(loss - other) <= LOSS_TOLERANCE[dtype] * abs(other):
                 result.fail(name, AssertionError(f"the loss of step {i} is {loss:.6f}, expected {other:.6f}"))
                 break
@@ -66,8 +98,7 @@ def check_losses(result, heads, dtype):
 
 def _row(settings, kind, name, head, result, top):
     dtype, threads = kind
-    tokens = settings["batch"] * settings["length"]
-    flops = tokens * flops_per_token(MODELS[settings["model"]], settings["length"])
+    tokens, flops = settings["batch"] * settings["length"], step_flops(settings)
     seconds = result.timing(name)
     row = {"variant": name, "dtype": dtype, "threads": threads, "seconds": seconds,
            "failure": result.failures.get(name), "dirty": result.dirty(name), "base_mb": head and head["base_mb"],
@@ -146,8 +177,10 @@ def main(argv=None):
     for threads in settings["threads"]:
         with use_threads(threads):
             tops += ceilings.measure(threads, neighbours=neighbours)
+        curve = None
         for dtype in settings["dtypes"]:
-            found = measure(settings, dtype, threads, neighbours)
+            found = measure(settings, dtype, threads, neighbours, curve)
+            curve = next((row["losses"] for row in found if row["losses"]), curve)
             print_rows(found)
             rows += found
     results.finish(results.document("train", settings, tops, rows), save)

@@ -329,6 +329,17 @@ def test_flops_of_a_training_step():
     assert bench_train.flops_per_token(training.MODELS["gpt2"], 256) == pytest.approx(756e6, rel=0.005)
 
 
+def test_pytorch_is_not_started_where_a_step_would_take_too_long(monkeypatch, alone):
+    settings = bench_train.parse(["--model", "tiny", "--variants", "fastgpt", "nanogpt", "--cap", "100"])[0]
+    monkeypatch.setattr(bench_train, "pytorch_seconds", lambda dtype, flops: 101.0)
+    processes, left_out = bench_train.children(settings, "bfloat16", 1)
+    assert [process.name for process in processes] == ["fastgpt"]
+    assert "a step would take about 101 s, over the cap of 100 s" in left_out["nanogpt"]
+    settings["rounds"], settings["batch"], settings["length"] = 1, 1, 4
+    ours, theirs = bench_train.measure(settings, "bfloat16", 1, alone, curve=[9.0])
+    assert "the loss of step 0 is 4." in ours["failure"] and theirs["failure"] == left_out["nanogpt"]
+
+
 def test_the_machine_line():
     found = machine.describe()
     assert found["versions"]["torch"] == torch.__version__ and found["cpus"] >= 1
