@@ -99,6 +99,7 @@ def test_transformers_loads_what_we_save_to_equal_logits(switches, tmp_path):
         torch.testing.assert_close(theirs.eval()(idx).logits, model(idx, idx)[0], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 @pytest.mark.parametrize("prefix", [True, False], ids=["prefix", "no prefix"])
 def test_names_with_and_without_prefix_and_old_buffers(model, tmp_path, file, prefix):
@@ -340,6 +341,7 @@ class Payload:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("place", ["pytorch_model.bin", "ckpt.pt"])
 @pytest.mark.parametrize("form", ["zip", "legacy", "plain pickle"])
 def test_code_in_a_pickle_does_not_run(model, tmp_path, place, form):

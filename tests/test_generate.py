@@ -175,11 +175,12 @@ def test_filters_equal_transformers():
 
 def test_repetition_penalty_equals_transformers():
     hf = pytest.importorskip("transformers.generation.logits_process")
-    logits, held = torch.randn(3, 20), torch.randint(20, (3, 6))
-    seen = torch.zeros(3, 20, dtype=torch.bool).scatter(1, held, True)
-    expected = hf.RepetitionPenaltyLogitsProcessor(1.7)(held, logits).argmax(-1)
-    params = SamplingParams(temperature=0, repetition_penalty=1.7)
-    assert torch.equal(sampling.choose(logits, params, seen), expected)
+    logits, held = torch.randn(200, 20) - 2, torch.randint(20, (200, 6))  # the largest of a row has either sign
+    seen = torch.zeros(200, 20, dtype=torch.bool).scatter(1, held, True)
+    for penalty in (0.6, 1.7):
+        expected = hf.RepetitionPenaltyLogitsProcessor(penalty)(held, logits).argmax(-1)
+        params = SamplingParams(temperature=0, repetition_penalty=penalty)
+        assert torch.equal(sampling.choose(logits, params, seen), expected)
 
 
 def test_a_large_repetition_penalty_never_repeats(model):
