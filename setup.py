@@ -47,7 +47,8 @@ def find_nvcc():
     """(nvcc's path or None, where it is or where it was looked for). A CUDA_HOME that is set is the only place."""
     home = os.environ.get("CUDA_HOME")
     if home:
-        return shutil.which("nvcc", path=f"{home}/bin"), f"CUDA_HOME={home}"
+        nvcc = shutil.which("nvcc", path=f"{home}/bin")
+        return nvcc, nvcc or f"CUDA_HOME={home}"
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     return nvcc, nvcc or "PATH, CUDA_HOME and /usr/local/cuda/bin"
 
@@ -118,10 +119,12 @@ class Build(build_ext):
             objects = list(pool.map(lambda job: job(), jobs))
         self.link(objects, self.get_ext_fullpath(ext.name), cuda_link_flags(nvcc) if nvcc else [])
 
+    def flags(self, source):
+        return [*COMMON_FLAGS, *self.level_flags.get(Path(source).name, []), *self.defines]
+
     def compile_source(self, source):
-        flags = [*COMMON_FLAGS, *self.level_flags.get(Path(source).name, []), *self.defines]
         return self.compiler.compile([source], output_dir=self.build_temp, include_dirs=[get_include()],
-                                     extra_postargs=flags)[0]
+                                     extra_postargs=self.flags(source))[0]
 
     def compile_cuda(self, nvcc, source):
         target = Path(self.build_temp, source + ".o")
