@@ -36,7 +36,7 @@ def test_the_ops_with_vectors_of_16(tmp_path):
     path = build_extension(tmp_path, {"csrc/cpu/level_avx2.cpp": ["-DFASTGPT_VEC_WIDTH=16"]})
     search = os.pathsep.join([PACKAGE_FOLDER, str(TESTS)])
     result = subprocess.run([sys.executable, "-c", RUN, str(path), "-k", "avx2", "-p", "no:cacheprovider", *FILES],
-                            capture_output=True, text=True, check=False, cwd=TESTS.parent,
+                            capture_output=True, text=True, check=False, cwd=TESTS,
                             env={**os.environ, "PYTHONPATH": search})
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
-    assert re.search(r"^\d\d+ passed", result.stdout.splitlines()[-1]) or "[100%]" in result.stdout
+    assert re.search(r"\d\d+ passed", result.stdout.splitlines()[-1]), result.stdout[-1000:]
