@@ -15,8 +15,9 @@ from processes import PACKAGE_FOLDER
 from fastgpt.cpu import extension
 
 TESTS = Path(__file__).parent
+OTHERS = ("test_extension.py", "test_benchmarks.py")  # of levels as such, and of their speed
 FILES = [str(p) for p in sorted(TESTS.glob("test_*.py"))
-         if re.search(r"def test_\w+\([^)]*\blevel\b", p.read_text()) and p.name != "test_extension.py"]
+         if re.search(r"def test_\w+\([^)]*\blevel\b", p.read_text()) and p.name not in OTHERS]
 RUN = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("fastgpt._C", sys.argv[1])
