@@ -18,6 +18,7 @@ from pathlib import Path
 
 import safetensors
 import torch
+from torch.overrides import TorchFunctionMode
 
 from fastgpt.config import DROPOUTS, GPTConfig
 
@@ -41,7 +42,7 @@ KEPT_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 @dataclasses.dataclass
 class StoredTensor:
-    """A tensor that is still in a file: what it claims to be, and `read()` to get it."""
+    """A tensor that is still in a file: what it claims to be, and `read()` to get it, in memory that is its own."""
 
     file: Path
     name: str  # in the file
@@ -63,8 +64,6 @@ def load(path, override_args=None, model_class=None):
     has no use for are named in a warning. Raises FileNotFoundError where there is nothing, and ValueError where the files
     are no such model.
     """
-    if model_class is None:
-        from fastgpt.model import GPT as model_class
     name, path, override = str(path), Path(path), dict(override_args or {})
     if not path.exists():
         path = download(name)
@@ -94,6 +93,14 @@ def save(model, directory):
         _write_safetensors(weights, dict(_hf_tensors(model)))
 
 
+def skeleton(config, model_class=None):
+    """A model of `config` on the meta device: every name and shape, and no memory."""
+    if model_class is None:
+        from fastgpt.model import GPT as model_class
+    with torch.device("meta"), _NoDraws():
+        return model_class(config)
+
+
 @contextlib.contextmanager
 def atomic_file(path):
     """A binary file to write, which takes the place of `path` when the block ends well; otherwise the old one stays."""
@@ -111,6 +118,15 @@ def atomic_file(path):
     finally:
         temporary.unlink(missing_ok=True)
     _sync_directory(path.parent)
+
+
+class _NoDraws(TorchFunctionMode):
+    """Random initialisation does nothing; on the meta device it would import torch's compiler, for a second and more."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return None
+        return function(*args, **(kwargs or {}))
 
 
 def download(name):
@@ -204,12 +220,29 @@ def _read_weights(file):
     if file.suffix == ".bin":
         return _stored_by_torch(file, _torch_load(file))
     try:
-        handle = safetensors.safe_open(file, framework="pt")
-        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-        return {name: StoredTensor(file, name, tuple(part.get_shape()), DTYPES.get(part.get_dtype(), part.get_dtype()),
-                                   lambda name=name: handle.get_tensor(name)) for name, part in slices.items()}
+        with safetensors.safe_open(file, framework="pt"), open(file, "rb") as data:  # the library checks the header
+            size = int.from_bytes(data.read(8), "little")
+            header = json.loads(data.read(size))
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{file} is not a valid safetensors file ({error})") from error
+    header.pop("__metadata__", None)
+    return {name: _in_safetensors(file, name, entry, 8 + size) for name, entry in header.items()}
+
+
+def _in_safetensors(file, name, entry, data_start):
+    shape, dtype = tuple(entry["shape"]), DTYPES.get(entry["dtype"], entry["dtype"])
+    begin = data_start + entry["data_offsets"][0]
+
+    def read():
+        """Into memory of its own, without a map of the file, whose pages would count twice."""
+        tensor = torch.empty(shape, dtype=dtype)
+        with open(file, "rb") as data:
+            data.seek(begin)
+            if data.readinto(tensor.view(-1).view(torch.uint8).numpy()) != tensor.nbytes:
+                raise ValueError(f"{file} ends within the tensor {name!r}")
+        return tensor
+
+    return StoredTensor(file, name, shape, dtype, read)
 
 
 def _torch_load(file):
@@ -231,7 +264,7 @@ def _stored_tensor(file, name, tensor):
     if not torch.is_tensor(tensor):
         stored.refuse(f"is a {type(tensor).__name__}")
     dtype = tensor.dtype if tensor.dtype in DTYPE_NAMES else str(tensor.dtype)
-    stored = StoredTensor(file, str(name), tuple(tensor.shape), dtype, tensor.detach)
+    stored = StoredTensor(file, str(name), tuple(tensor.shape), dtype, tensor.clone)
     if tensor.layout != torch.strided or tensor.is_meta:
         stored.refuse("is not a dense tensor")
     if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
@@ -256,8 +289,7 @@ def _our_names(stored):
 def _build(model_class, config, stored, transposed):
     """The model of `config` with the parameters `stored`, of which those ending in `transposed` are to be transposed."""
     _check_depth(config, stored)
-    with torch.device("meta"):
-        model = model_class(config)
+    model = skeleton(config, model_class)
     expected = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
     if config.tie_word_embeddings:
         del expected[HEAD]
@@ -306,6 +338,7 @@ def _check_rest(config, rest, embedding):
     if not config.bias:
         biases = {name for name in rest if name.endswith(".bias") and BLOCK.match(name) or name == "transformer.ln_f.bias"}
         for tensor in map(rest.pop, sorted(biases)):
+            _check_tensor(tensor, tensor.shape)
             if tensor.read().count_nonzero():
                 tensor.refuse("is not 0, but the config says that the model has no biases")
     if rest:
@@ -313,9 +346,8 @@ def _check_rest(config, rest, embedding):
 
 
 def _materialised(tensor, dtype, transposed):
-    """A tensor of its own, which no later change of the file can reach."""
     value = tensor.read()
-    return (value.t() if transposed else value).to(dtype, copy=True, memory_format=torch.contiguous_format)
+    return (value.t() if transposed else value).to(dtype).contiguous()
 
 
 def _files(stored):

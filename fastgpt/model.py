@@ -106,8 +106,7 @@ class GPT(nn.Module):
         })
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
-        if not self.lm_head.weight.is_meta:  # shapes alone have nothing to draw
-            self.init_weights()
+        self.init_weights()
 
     def tie_weights(self):
         """Makes the head and the token embedding one parameter, if the config says so."""

@@ -180,6 +180,13 @@ def test_a_loaded_model_trains_and_saves_over_its_own_file(model, folder):
     assert_same_model(GPT.from_pretrained(folder), loaded)
 
 
+def test_loading_does_not_import_the_compiler(folder):
+    """Random initialisation on the meta device would, which takes longer than all the rest."""
+    code = "import sys, fastgpt; fastgpt.GPT.from_pretrained(sys.argv[1]); print('torch._dynamo' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code, str(folder)], check=True, capture_output=True, text=True)
+    assert result.stdout.strip() == "False"
+
+
 def test_override_args(folder, tmp_path):
     assert GPT.from_pretrained(folder, {"dropout": 0.25}).config.rate("attn") == 0.25
     config = GPT.from_pretrained(folder, {"dropout": 0.25, "attn_dropout": 0.5, "gradient_checkpointing": True}).config
@@ -263,6 +270,9 @@ def test_biases_in_a_model_without_them_must_be_zero(tmp_path):
     state["transformer.h.1.ln_2.bias"][0] = 1e-9
     with pytest.raises(ValueError, match="'transformer.h.1.ln_2.bias' is not 0, but the config says that the model has no"):
         GPT.from_pretrained(write_hf(tmp_path, model, state))
+    state["transformer.h.1.ln_2.bias"] = torch.zeros(6, dtype=torch.int64)
+    with pytest.raises(ValueError, match="'transformer.h.1.ln_2.bias' is I64; expected one of"):
+        GPT.from_pretrained(write_hf(tmp_path, model, state, "model.safetensors"))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, "\xff"])
