@@ -1,7 +1,7 @@
 """fastgpt: a GPT engine with kernels of its own."""
 import importlib
 
-# The public names and where they live. Each is imported at its first use, so that `import fastgpt` costs next to nothing.
+# The public names and where they live. Each is imported at its first use, so that `import fastgpt` costs nothing.
 _EXPORTS = {
     "GPT": "fastgpt.model",
     "GPTConfig": "fastgpt.config",

@@ -1,9 +1,9 @@
-"""Models in and out of files: Hugging Face GPT-2 directories, hub ids and nanoGPT's ckpt.pt in; Hugging Face directories out.
+"""Models in and out of files: Hugging Face GPT-2 directories, hub ids and nanoGPT's ckpt.pt in, the first out.
 
-Files are not trusted. Tensors come from safetensors or `torch.load(weights_only=True)`; the config is checked on its own, then
-every name, shape and dtype against it, before a parameter is allocated. Errors are ValueErrors that name the file and the
-tensor. Loading holds the parameters once plus one tensor. Saving writes beside the old file and renames, so that a full
-disk or a kill leaves the old checkpoint.
+Files are not trusted. Tensors come from safetensors or `torch.load(weights_only=True)`; the config is checked on its
+own, then every name, shape and dtype against it, before a parameter is allocated. Errors are ValueErrors that name
+the file and the tensor. Loading holds the parameters once plus one tensor. Saving writes beside the old file and
+renames, so that a full disk or a kill leaves the old checkpoint.
 """
 import contextlib
 import dataclasses
@@ -33,6 +33,7 @@ CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias$")  # the causal mask, which old checkpoints hold
 BLOCK = re.compile(r"transformer\.h\.(\d{1,9})\.")
+BIAS = re.compile(r"transformer\.(h\.\d+\..*|ln_f)\.bias")
 SHARD = re.compile(r"\w[\w.-]*\.(safetensors|bin)")  # a plain file name, so that an index cannot lead elsewhere
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -61,14 +62,16 @@ def load(path, override_args=None, model_class=None):
     override_args: other values for dropout, embd_dropout, attn_dropout, resid_dropout or gradient_checkpointing. The
     rates are the file's otherwise, except that nanoGPT's four names begin with dropout 0, as there. Weights keep the
     file's dtype if it is float32, bfloat16 or float64 throughout, else they become float32. Tensors that the model
-    has no use for are named in a warning. Raises FileNotFoundError where there is nothing, and ValueError where the files
-    are no such model.
+    has no use for are named in a warning. Raises FileNotFoundError where there is nothing, and ValueError where the
+    files are no such model.
     """
     name, path, override = str(path), Path(path), dict(override_args or {})
     if not path.exists():
         path = download(name)
         if name in NANOGPT_NAMES:
             override.setdefault("dropout", 0.0)
+    if path.is_file() and path.suffix in (".safetensors", ".bin", ".json"):
+        raise ValueError(f"{path}: give the directory with {CONFIG} and the weights instead")
     if path.is_dir() and not (path / CONFIG).is_file() and (path / NANOGPT).is_file():
         path = path / NANOGPT
     config, stored = _read_nanogpt(path) if path.is_file() else (_read_config(path / CONFIG), _find_weights(path))
@@ -79,8 +82,8 @@ def load(path, override_args=None, model_class=None):
 def save(model, directory):
     """Writes config.json and model.safetensors into `directory`, which is made, in Hugging Face's names and layout.
 
-    Both are complete on the disk before the first takes its place, so that a failure leaves the old ones. A model without
-    biases gets biases of 0, since transformers' GPT-2 knows no other.
+    Both are complete on the disk before the first takes its place, so that a failure leaves the old ones. A model
+    without biases gets biases of 0, since transformers' GPT-2 knows no other.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
@@ -121,7 +124,7 @@ def atomic_file(path):
 
 
 class _NoDraws(TorchFunctionMode):
-    """Random initialisation does nothing; on the meta device it would import torch's compiler, for a second and more."""
+    """Random initialisation does nothing: on the meta device it would import torch's compiler, a second's work."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", None) == "torch.nn.init":
@@ -144,8 +147,8 @@ def download(name):
             folder = Path(snapshot_download(name, allow_patterns=[CONFIG, "pytorch_model*.bin", INDICES[1]]))
     except Exception as error:  # the hub client's many kinds of network and name errors
         raise FileNotFoundError(
-            f"{here}, and the Hugging Face hub gave none ({error}). Offline: on a machine with a network, download the model's "
-            f"{CONFIG} and {WEIGHTS} into a directory, copy it here and give its path") from error
+            f"{here}, and the Hugging Face hub gave none ({error}). Offline: on a machine with a network, download the "
+            f"model's {CONFIG} and {WEIGHTS} into a directory, copy it here and give its path") from error
     return folder
 
 
@@ -184,7 +187,7 @@ def _expect_dict(value, expected):
 def _read_nanogpt(file):
     content = _torch_load(file)
     if not isinstance(content, dict) or not {"model", "model_args"} <= content.keys():
-        raise ValueError(f"{file} is no checkpoint of nanoGPT, with model and model_args; for other weights give the directory")
+        raise ValueError(f"{file} is no checkpoint of nanoGPT: it has no model and model_args")
     try:
         config = GPTConfig(**content["model_args"])
     except (TypeError, ValueError) as error:
@@ -287,7 +290,7 @@ def _our_names(stored):
 
 
 def _build(model_class, config, stored, transposed):
-    """The model of `config` with the parameters `stored`, of which those ending in `transposed` are to be transposed."""
+    """The model of `config` with the parameters `stored`; those whose names end in one of `transposed` are turned."""
     _check_depth(config, stored)
     model = skeleton(config, model_class)
     expected = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
@@ -329,20 +332,20 @@ def _check_tensor(tensor, shape):
 
 
 def _check_rest(config, rest, embedding):
-    """Tensors that are no parameter: a head that must be the embedding, biases that must be 0; others are ignored aloud."""
+    """Tensors that are no parameter: a head must be the embedding, biases must be 0, the others get a warning."""
     head = rest.pop(HEAD, None)
     if head is not None:
         _check_tensor(head, embedding.shape)
         if not torch.equal(head.read(), embedding.read()):
             head.refuse(f"differs from {embedding.name!r}, but the config says tie_word_embeddings")
     if not config.bias:
-        biases = {name for name in rest if name.endswith(".bias") and BLOCK.match(name) or name == "transformer.ln_f.bias"}
-        for tensor in map(rest.pop, sorted(biases)):
+        for tensor in [rest.pop(name) for name in sorted(rest) if BIAS.fullmatch(name)]:
             _check_tensor(tensor, tensor.shape)
             if tensor.read().count_nonzero():
                 tensor.refuse("is not 0, but the config says that the model has no biases")
     if rest:
-        warnings.warn(f"{_files(rest)}: ignored the tensors {_some(sorted(t.name for t in rest.values()))}", stacklevel=5)
+        names = sorted(tensor.name for tensor in rest.values())
+        warnings.warn(f"{_files(rest)}: ignored the tensors {_some(names)}", stacklevel=5)
 
 
 def _materialised(tensor, dtype, transposed):

@@ -1,4 +1,4 @@
-"""The shape and the switches of a GPT: nanoGPT's fields first, in its order and with its defaults, then GPT-2's others."""
+"""The shape and the switches of a GPT: nanoGPT's fields with its order and defaults, then GPT-2's others."""
 import operator
 from dataclasses import asdict, dataclass, fields
 
@@ -18,7 +18,8 @@ HF_DEFAULTS = {"vocab_size": 50257, "activation": "gelu_new",
 HF_END_OF_TEXT = 50256  # the bos and eos token that transformers assumes unless told otherwise
 DROPOUTS = ("embd_dropout", "attn_dropout", "resid_dropout")
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_inner")
-FLAGS = ("bias", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "tie_word_embeddings", "gradient_checkpointing")
+FLAGS = ("bias", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "tie_word_embeddings",
+         "gradient_checkpointing")
 # No dimension is larger: products of three of them stay far inside an int64, whatever a file claims.
 MAX_SIZE = 2 ** 24
 
@@ -72,7 +73,7 @@ class GPTConfig:
         self.activation = ACTIVATIONS[self.activation]
 
     def rate(self, name):
-        """The dropout in force: of "embd" (the embeddings), "attn" (the attention weights) or "resid" (a branch's output)."""
+        """The dropout of "embd" (the embeddings), "attn" (the attention weights) or "resid" (the branches)."""
         own = getattr(self, f"{name}_dropout")
         return self.dropout if own is None else own
 
@@ -82,7 +83,7 @@ class GPTConfig:
 
     @classmethod
     def from_hf(cls, values):
-        """The config of a Hugging Face config.json, given as a dict; keys that say nothing about GPT-2's shape are ignored."""
+        """The config of a Hugging Face config.json, given as a dict; keys of no consequence here are ignored."""
         if not isinstance(values, dict):
             raise TypeError(f"a model config must be a dict, got {type(values).__name__}")
         model_type = values.get("model_type", "gpt2")
@@ -96,7 +97,7 @@ class GPTConfig:
         return cls(**_one_dropout({**HF_DEFAULTS, **given}))
 
     def to_hf(self):
-        """This config as the values of a Hugging Face config.json; what transformers does not know is kept beside them."""
+        """The values of a Hugging Face config.json, and beside them what transformers does not know."""
         values = {HF_NAMES.get(name, name): value for name, value in asdict(self).items()}
         values["activation_function"] = HF_ACTIVATIONS[self.activation]
         values.update({HF_NAMES[name]: self.rate(name.removesuffix("_dropout")) for name in DROPOUTS})
@@ -119,12 +120,13 @@ def check_int(name, value, low, high=None):
         raise TypeError(f"{name} must be an int, got {value!r}")
     value = operator.index(value)
     if value < low or high is not None and value > high:
-        raise ValueError(f"{name} must be {f'at least {low}' if high is None else f'from {low} to {high}'}, got {value}")
+        expected = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} must be {expected}, got {value}")
     return value
 
 
 def check_number(name, value, accepts, expected):
-    """Raises an error that names `value` unless it is a number that `accepts` takes; `expected` says which those are."""
+    """Raises an error that names `value` unless it is a number that `accepts` takes: `expected` in words."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not accepts(value):

@@ -1,7 +1,8 @@
 """Tokens out of a model: the KV cache, ragged batches and the loop behind `GPT.generate`.
 
-The rows of a batch are aligned at their last token and padded on the left, so that one step appends one column to all; a key mask
-hides the padding. Shapes: P prompts, R = P * n rows, B batch, T new tokens, S keys so far, H heads, D head size, V vocabulary.
+The rows of a batch are aligned at their last token and padded on the left, so that one step appends one column to
+all; a key mask hides the padding.
+Shapes: P prompts, R = P * n rows, B batch, T new tokens, S tokens so far, H heads, D head size, V vocabulary.
 """
 import torch
 
@@ -34,7 +35,7 @@ class KVCache:
 
 
 class _Context:
-    """What the model has read: gives the next token's logits of every row, from a cache while all rows fit into block_size."""
+    """What the model has read: gives the next token's logits of every row, cached while all fit into block_size."""
 
     def __init__(self, model, pads, capacity):
         self.model = model
@@ -55,7 +56,8 @@ class _Context:
             columns = torch.arange(start, S, device=tokens.device)  # (S - start,)
             key_mask = columns >= origin
             positions = (columns[first - start:] - origin).clamp(min=0)
-        h = self.model.hidden_states(tokens[:, first:], last=True, positions=positions, key_mask=key_mask, cache=self.cache)
+        h = self.model.hidden_states(tokens[:, first:], last=True, positions=positions, key_mask=key_mask,
+                                     cache=self.cache)
         return self.model.lm_head(h)[:, 0]
 
     def repeat(self, n):
@@ -137,7 +139,8 @@ def _run(model, prompts, rows, params, seeds, streamer):
     tokens = torch.zeros(len(prompts), S + params.max_tokens, dtype=torch.int64, device=device)
     for row, prompt, pad in zip(tokens, prompts, pads, strict=True):
         row[pad:S] = prompt
-    context = _Context(model, torch.tensor(pads, device=device)[:, None] if any(pads) else None, S + params.max_tokens - 1)
+    padding = torch.tensor(pads, device=device)[:, None] if any(pads) else None
+    context = _Context(model, padding, capacity=S + params.max_tokens - 1)  # the last token is not read
     logits = context.next_logits(tokens[:, :S]).repeat_interleave(params.n, dim=0)  # the n samples share one prefill
     context.repeat(params.n)
     tokens, pads = tokens.repeat_interleave(params.n, dim=0), [pad for pad in pads for _ in range(params.n)]

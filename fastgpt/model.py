@@ -1,8 +1,8 @@
 """The GPT: GPT-2's math on the ops of `fastgpt.ops`, with nanoGPT's interface. It never asks which device it is on.
 
-Shapes: B batch, T tokens, C = n_embd channels, H heads, D = C / H head size, V vocabulary. A block hands on the residual stream x and
-the last branch's output delta apart, so that x + delta and the norm after it are one pass over memory.
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; the pre-norm transformer of Vaswani et al. 2017.
+Shapes: B batch, T tokens, C = n_embd channels, H heads, D = C / H head size, V vocabulary. A block hands on the
+residual stream x and the last branch's output delta apart, so that x + delta and the norm after it are one pass over
+memory. Paper: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
 import math
 
@@ -140,11 +140,11 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(precise.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def hidden_states(self, idx, *, last=False, positions=None, key_mask=None, cache=None):
-        """What the head takes: idx (B, T) -> the final norm's output (B, T, C), or (B, 1, C) of the last position alone.
+        """What the head takes: idx (B, T) -> the final norm's output (B, T, C), or (B, 1, C) of the `last`.
 
-        cache: a `fastgpt.generation.KVCache`; idx then continues what it holds. positions (B, T) or (T,): each token's place in
-        its sequence, by default counted from the start. key_mask (B, S) bool: which of the S keys, cached ones included,
-        take part; False hides the padding of a ragged batch.
+        cache: a `fastgpt.generation.KVCache`; idx then continues what it holds.
+        positions (B, T) or (T,): each token's place in its sequence, by default counted from the start.
+        key_mask (B, S) bool: which of the S keys, cached ones included, take part; False hides a batch's padding.
         """
         x, delta = self._embed(idx, positions, 0 if cache is None else cache.length), None
         for block in self.transformer.h:
@@ -162,7 +162,8 @@ class GPT(nn.Module):
         _check_ids(idx)
         T = idx.shape[1]
         if past + T > self.config.block_size:
-            raise ValueError(f"idx: a sequence of {past + T} tokens is longer than block_size = {self.config.block_size}")
+            raise ValueError(f"idx: a sequence of {past + T} tokens is longer than block_size = "
+                             f"{self.config.block_size}")
         if positions is None:
             positions = torch.arange(past, past + T, device=idx.device)
         try:
@@ -175,11 +176,11 @@ class GPT(nn.Module):
                  streamer=None, **sampling):
         """Continues the prompts idx, as nanoGPT does and with more ways to say how. Call `eval()` first.
 
-        idx: a (B, T) tensor of token ids -> a (B * n, T + new) tensor; or a list of lists of ids, of any lengths -> as many
-        lists. Either way the prompts come first in the result, and the n samples of one prompt are neighbours.
+        idx: a (B, T) tensor of token ids -> a (B * n, T + new) tensor; or a list of lists of ids, of any lengths -> as
+        many lists. The results begin with their prompts, and the n samples of one prompt are neighbours.
         max_new_tokens, temperature (0 is greedy), top_k and `sampling` make up a `fastgpt.SamplingParams`, which
         names them all; `params` gives one ready-made instead. `seed` may be a list, one for each prompt.
-        tokenizer: needed for stop strings (its `decode`); its `eos_token_id` ends a sequence unless ignore_eos.
+        tokenizer: its `decode` is needed for stop strings, its `eos_id` ends a sequence unless ignore_eos.
         streamer(row, token_id) is called for each new token, `row` counting the result's rows.
 
         Where rows of a tensor end early, they are filled up with the token they ended on. Past block_size the
@@ -205,7 +206,7 @@ class GPT(nn.Module):
         checkpoint.save(self, directory)
 
     def get_num_params(self, non_embedding=True):
-        """The number of parameters; without the embeddings by default, except a token embedding that is the head as well."""
+        """The number of parameters, by default without the embeddings, save a token embedding that is the head too."""
         n = sum(p.numel() for p in self.parameters())
         if non_embedding:
             n -= self.transformer.wpe.weight.numel()
@@ -213,7 +214,7 @@ class GPT(nn.Module):
         return n
 
     def crop_block_size(self, block_size):
-        """Shortens the longest context to block_size, which must not be larger than it is, by dropping the last positions."""
+        """Shortens the longest context to block_size, at most what it is, by dropping the last positions."""
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f"block_size must be from 1 to {self.config.block_size}, got {block_size}")
         self.config.block_size = block_size
@@ -233,7 +234,7 @@ class GPT(nn.Module):
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=A100_BF16_FLOPS):
         """The share of `peak_flops` (per second) that fwdbwd_per_iter sequences of block_size in dt seconds come to.
 
-        FLOPs a token: 6 * parameters + 12 * n_layer * n_embd * block_size (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
+        FLOPs a token: 6 * parameters + 12 * n_layer * n_embd * block_size (Chowdhery et al. 2022, arXiv:2204.02311).
         """
         T = self.config.block_size
         flops_per_token = 6 * self.get_num_params() + 12 * self.config.n_layer * self.config.n_embd * T

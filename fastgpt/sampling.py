@@ -1,8 +1,8 @@
 """How a next token is chosen: the parameters, under vLLM's names, and the choice itself.
 
 The order is Hugging Face's: repetition penalty, temperature, top-k, softmax, top-p, min-p. Without a seed the draw is
-`torch.multinomial` on torch's generator, as in nanoGPT. With one it inverts the cumulative distribution at a number that is a
-pure function of (seed, sample, position), so that a request replays alone, whatever else is in its batch.
+`torch.multinomial` on torch's generator, as in nanoGPT. With one it inverts the cumulative distribution at a number
+that is a pure function of (seed, sample, position), so that a request replays alone, whatever else is in its batch.
 """
 from dataclasses import dataclass
 
@@ -18,11 +18,14 @@ _MASK64 = 2 ** 64 - 1
 class SamplingParams:
     """What to draw from the model's distribution, and when to stop. Wrong values raise an error that names the field.
 
-    max_tokens: new tokens at most. temperature: divides the logits; 0 (or below 1e-5) takes the likeliest token. top_k: only the k
-    likeliest; None, 0 or -1 for all. top_p: only the fewest likeliest tokens that together have this probability. min_p:
-    only tokens at least this likely relative to the likeliest. repetition_penalty: divides the positive
-    and multiplies the negative logits of tokens that the sequence holds already (Keskar et al. 2019, arXiv:1909.05858).
-    n: sequences per prompt. seed: an int in [0, 2**63), a list with one for each prompt, or None for torch's generator.
+    max_tokens: new tokens at most. n: sequences per prompt.
+    temperature: divides the logits; 0 (or below 1e-5) takes the likeliest token.
+    top_k: only the k likeliest tokens; None, 0 or -1 for all.
+    top_p: only the fewest likeliest tokens that together have this probability.
+    min_p: only tokens at least this likely relative to the likeliest.
+    repetition_penalty: divides the positive and multiplies the negative logits of tokens that the sequence holds
+    already (Keskar et al. 2019, arXiv:1909.05858).
+    seed: an int in [0, 2**63), a list with one for each prompt, or None for torch's generator.
     stop: a string or several that end a sequence once its new text holds one; stop_token_ids: ids that do. The
     sequence keeps what ended it. ignore_eos: the tokenizer's end-of-text token does not end it.
     """
@@ -48,7 +51,8 @@ class SamplingParams:
             self.temperature = 0.0
         check_number("top_p", self.top_p, lambda p: 0 < p <= 1, "in (0, 1]")
         check_number("min_p", self.min_p, lambda p: 0 <= p <= 1, "in [0, 1]")
-        check_number("repetition_penalty", self.repetition_penalty, lambda r: 0 < r < float("inf"), "finite and above 0")
+        check_number("repetition_penalty", self.repetition_penalty, lambda r: 0 < r < float("inf"),
+                     "finite and above 0")
         if self.seed is not None:
             several = isinstance(self.seed, (list, tuple))
             seeds = [check_int("seed", seed, 0, 2 ** 63 - 1) for seed in (self.seed if several else [self.seed])]
@@ -62,8 +66,8 @@ class SamplingParams:
 def choose(logits, params, seen=None, uniforms=None):
     """The next token of every row: logits (R, V) -> ids (R,).
 
-    seen (R, V) bool: which tokens a row holds already, needed for a repetition penalty. uniforms (R,) float64 in [0, 1): what
-    each row draws; None draws from torch's generator.
+    seen (R, V) bool: which tokens a row holds already, needed for a repetition penalty.
+    uniforms (R,) float64 in [0, 1): what each row draws; None draws from torch's generator.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if seen is not None:

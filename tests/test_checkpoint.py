@@ -213,7 +213,7 @@ def test_missing_and_extra_tensors_are_named(model, tmp_path):
     with pytest.raises(ValueError, match=r"pytorch_model.bin: missing the tensors 'transformer.ln_f.bias'$"):
         GPT.from_pretrained(write_hf(tmp_path, model, state))
     state["transformer.final.bias"] = moved
-    with pytest.raises(ValueError, match="missing .*'transformer.ln_f.bias'; .* does not have: 'transformer.final.bias'"):
+    with pytest.raises(ValueError, match="missing .*'transformer.ln_f.bias'; .* have: 'transformer.final.bias'"):
         GPT.from_pretrained(write_hf(tmp_path, model, state))
     state["transformer.ln_f.bias"] = moved
     with pytest.warns(UserWarning, match="pytorch_model.bin: ignored the tensors 'transformer.final.bias'"):
@@ -232,7 +232,7 @@ def test_a_name_that_comes_twice_is_refused(model, tmp_path):
     ("transformer.wte.weight", lambda t: t[:, :3], r"shape \(17, 3\), but the config says \(17, 6\)"),
     ("transformer.h.1.mlp.c_fc.weight", lambda t: t.t(), r"shape \(24, 6\), but the config says \(6, 24\)"),
     ("transformer.h.0.ln_1.bias", lambda t: t[None], r"shape \(1, 6\), but"),
-    ("transformer.h.0.attn.c_proj.weight", lambda t: t.long(), "'transformer.h.0.attn.c_proj.weight' is .*64; expected one of"),
+    ("transformer.h.0.attn.c_proj.weight", lambda t: t.long(), "c_proj.weight' is .*64; expected one of"),
 ])
 def test_a_wrong_tensor_is_named_with_its_file(model, tmp_path, file, name, change, message):
     state = hf_state(model)
@@ -268,7 +268,7 @@ def test_biases_in_a_model_without_them_must_be_zero(tmp_path):
     model = GPT(GPTConfig(**TINY, bias=False))
     state = hf_state(model)
     state["transformer.h.1.ln_2.bias"][0] = 1e-9
-    with pytest.raises(ValueError, match="'transformer.h.1.ln_2.bias' is not 0, but the config says that the model has no"):
+    with pytest.raises(ValueError, match="'transformer.h.1.ln_2.bias' is not 0, but the config says that the model"):
         GPT.from_pretrained(write_hf(tmp_path, model, state))
     state["transformer.h.1.ln_2.bias"] = torch.zeros(6, dtype=torch.int64)
     with pytest.raises(ValueError, match="'transformer.h.1.ln_2.bias' is I64; expected one of"):
@@ -284,20 +284,21 @@ def test_broken_json_is_named(folder, text, name):
         GPT.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", ".hidden.bin", 7, None,
-                                   "a\\b.bin", "config.json"])
+@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", ".hidden.bin",
+                                   7, None, "a\\b.bin", "config.json"])
 def test_an_index_cannot_lead_out_of_its_directory(model, folder, shard):
     (folder / "model.safetensors").rename(folder.parent / "secret.safetensors")
     index = {"weight_map": dict.fromkeys(hf_state(model), shard)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"index.json: the tensor 'transformer.wte.weight' must lie in a file of this directory"):
+    with pytest.raises(ValueError, match=r"index.json: the tensor 'transformer.wte.weight' must lie in a file of this"):
         GPT.from_pretrained(folder)
 
 
 def test_an_index_that_lies_about_its_shards(model, folder):
     (folder / "model.safetensors").rename(folder / "one.safetensors")
     index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"transformer.wte.weight": "one.safetensors", "other": "one.safetensors"}}))
+    weight_map = {"transformer.wte.weight": "one.safetensors", "other": "one.safetensors"}
+    index.write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(ValueError, match="index.json: the tensor 'other' is not in 'one.safetensors'"):
         GPT.from_pretrained(folder)
     index.write_text(json.dumps({"weight_map": {"other": "two.safetensors"}}))
@@ -381,11 +382,17 @@ def test_tensors_that_are_none_are_refused(model, tmp_path, tensor, message):
         GPT.from_pretrained(write_hf(tmp_path, model, {**hf_state(model), "transformer.wte.weight": tensor}))
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"model": {}}, {"model": 1, "model_args": TINY}, {"model": {}, "model_args": 3},
-                                     {"model": {}, "model_args": {**TINY, "n_layers": 3}}, {"model": {}, "model_args": TINY}])
-def test_a_ckpt_that_is_none_of_nanogpts_is_refused(tmp_path, content):
+@pytest.mark.parametrize(("content", "message"), [
+    ([1, 2], "ckpt.pt is no checkpoint of nanoGPT"),
+    ({"model": {}}, "ckpt.pt is no checkpoint of nanoGPT"),
+    ({"model": 1, "model_args": TINY}, "ckpt.pt must hold a dict of tensors, not a int"),
+    ({"model": {}, "model_args": 3}, "ckpt.pt: model_args: "),
+    ({"model": {}, "model_args": {**TINY, "n_layers": 3}}, "ckpt.pt: model_args: .*'n_layers'"),
+    ({"model": {}, "model_args": TINY}, "n_layer = 2, but the weights are of 0 blocks"),
+])
+def test_a_ckpt_that_is_none_of_nanogpts_is_refused(tmp_path, content, message):
     torch.save(content, tmp_path / "ckpt.pt")
-    with pytest.raises(ValueError, match=r"ckpt.pt|the weights"):
+    with pytest.raises(ValueError, match=message):
         GPT.from_pretrained(tmp_path / "ckpt.pt")
 
 
@@ -426,8 +433,10 @@ def test_missing_places_are_named(tmp_path, folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="has no weights: none of model.safetensors, "):
         GPT.from_pretrained(folder)
-    with pytest.raises(FileNotFoundError, match="no file or directory '/no/such/place', and it is no Hugging Face hub id"):
+    with pytest.raises(FileNotFoundError, match="no file or directory '/no/such/place', and it is no Hugging Face hub"):
         GPT.from_pretrained("/no/such/place")
+    with pytest.raises(ValueError, match="config.json: give the directory"):
+        GPT.from_pretrained(folder / "config.json")
 
 
 def fake_hub(monkeypatch, download):
@@ -466,7 +475,7 @@ def test_offline_the_error_says_what_to_do(monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     fake_hub(monkeypatch, offline)
-    with pytest.raises(FileNotFoundError, match=r"'gpt2', and the Hugging Face hub gave none \(no network\). Offline: on a"):
+    with pytest.raises(FileNotFoundError, match=r"'gpt2', and the Hugging Face hub gave none \(no network\). Offline"):
         GPT.from_pretrained("gpt2")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(FileNotFoundError, match="pip install huggingface_hub"):
@@ -532,7 +541,8 @@ for renames in range(2):
         os.replace = killed_after(renames)
         model.save_pretrained(sys.argv[1])
         os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), GPT.from_pretrained(sys.argv[1]).lm_head.weight.eq(1).all().item())
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(code, GPT.from_pretrained(sys.argv[1]).lm_head.weight.eq(1).all().item())
 """
     run = subprocess.run([sys.executable, "-c", code, str(folder)], check=True, capture_output=True, text=True)
     assert run.stdout.split() == ["9", "False", "9", "True"]

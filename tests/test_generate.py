@@ -1,4 +1,4 @@
-"""Generation: the cache against full recomputation, ragged batches against single prompts, and each way to choose a token."""
+"""Generation: the cache against recomputation, ragged batches against single prompts, each way to choose a token."""
 import pytest
 import torch
 
@@ -45,8 +45,9 @@ def test_greedy_tokens_equal_full_recomputation(model, length, n):
     assert out.dtype == torch.int64 and torch.equal(out, recompute(model, idx, n, greedily))
 
 
-@pytest.mark.parametrize("switches", [{"bias": False}, {"n_head": 1, "tie_word_embeddings": False, "activation": "relu"},
-                                      {"scale_attn_by_inverse_layer_idx": True}])
+@pytest.mark.parametrize("switches", [
+    {"bias": False}, {"scale_attn_by_inverse_layer_idx": True},
+    {"n_head": 1, "tie_word_embeddings": False, "activation": "relu"}])
 def test_greedy_tokens_equal_full_recomputation_for_other_models(switches):
     config = {"block_size": 32, "vocab_size": V, "n_layer": 3, "n_head": 4, "n_embd": 20, "initializer_range": 0.4}
     model = GPT(GPTConfig(**{**config, **switches})).eval()
@@ -166,7 +167,8 @@ def test_filters_equal_transformers():
     pytest.importorskip("transformers")
     from transformers.generation import logits_process as hf
     logits = torch.randn(8, 100, dtype=torch.float64) * 3
-    for temperature, k, p, min_p in [(0.7, 100, 1.0, 0.0), (1.3, 20, 1.0, 0.0), (1.0, 100, 0.8, 0.0), (2.0, 50, 0.9, 0.05)]:
+    for temperature, k, p, min_p in [(0.7, 100, 1.0, 0.0), (1.3, 20, 1.0, 0.0), (1.0, 100, 0.8, 0.0),
+                                     (2.0, 50, 0.9, 0.05)]:
         warpers = [hf.TemperatureLogitsWarper(temperature), hf.TopKLogitsWarper(k), hf.TopPLogitsWarper(p)]
         expected = hf.LogitsProcessorList([*warpers, hf.MinPLogitsWarper(min_p)])(None, logits).softmax(-1)
         probs = sampling.distribution(logits, SamplingParams(temperature=temperature, top_k=k, top_p=p, min_p=min_p))
@@ -189,8 +191,9 @@ def test_a_large_repetition_penalty_never_repeats(model):
 
 
 def test_a_repetition_penalty_counts_prompt_and_new_tokens_but_no_padding():
-    """A model whose logits are 100 - id, whatever it reads: with a penalty that forbids what is held, ids come in order."""
-    model = GPT(GPTConfig(block_size=BLOCK, vocab_size=V, n_layer=1, n_head=1, n_embd=2, tie_word_embeddings=False)).eval()
+    """A model whose logits are 100 - id, whatever it reads: a penalty that forbids what is held gives ids in order."""
+    config = GPTConfig(BLOCK, V, n_layer=1, n_head=1, n_embd=2, tie_word_embeddings=False)
+    model = GPT(config).eval()
     with torch.no_grad():
         model.transformer.ln_f.weight.zero_()
         model.transformer.ln_f.bias.copy_(torch.tensor([1.0, 0.0]))
@@ -215,7 +218,7 @@ def test_a_draw_never_takes_a_token_of_probability_zero():
 
 
 def test_uniform_is_even_and_depends_on_every_word():
-    values = torch.tensor([[sampling.uniform(s, j, p) for p in range(50)] for s in range(10) for j in range(4)]).flatten()
+    values = torch.tensor([sampling.uniform(s, j, p) for p in range(50) for s in range(10) for j in range(4)])
     assert len(set(values.tolist())) == len(values)
     counts = torch.histc(values, bins=10, min=0, max=1)
     assert counts.min() > 150 and counts.max() < 250  # 200 expected, standard deviation 13

@@ -18,7 +18,7 @@ SWITCHES = {
     "gpt2": {},
     "no bias": {"bias": False},
     "one of each": {"n_head": 11, "n_layer": 1, "vocab_size": 1, "block_size": 1},
-    "all": {"bias": True, "n_inner": 50, "activation": "gelu_new", "layer_norm_epsilon": 1e-3, "scale_attn_weights": False,
+    "all": {"n_inner": 50, "activation": "gelu_new", "layer_norm_epsilon": 1e-3, "scale_attn_weights": False,
             "scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False},
     "relu": {"activation": "relu", "scale_attn_by_inverse_layer_idx": True, "n_head": 1},
 }
@@ -59,7 +59,7 @@ def test_loss_and_every_gradient_equal_the_reference_model(switches, return_logi
     torch.testing.assert_close(loss, true_loss, rtol=1e-12, atol=1e-13)
     assert grads.keys() == true_grads.keys()
     for name, grad in grads.items():
-        torch.testing.assert_close(grad, true_grads[name], rtol=1e-9, atol=1e-13, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(grad, true_grads[name], rtol=1e-9, atol=1e-13, msg=lambda m, name=name: name + m)
     if return_logits:
         torch.testing.assert_close(logits, true_logits, rtol=1e-11, atol=1e-12)
     else:
@@ -103,10 +103,10 @@ def forward_backward(model, idx, targets, autocast):
 
 
 @pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast"])
-@pytest.mark.parametrize("switches", [SWITCHES["gpt2"], SWITCHES["no bias"], SWITCHES["all"]], ids=["gpt2", "no bias", "all"])
+@pytest.mark.parametrize("switches", ["gpt2", "no bias", "all"])
 def test_low_precision_keeps_the_accuracy_rule(switches, mode):
     dtype = torch.bfloat16 if mode == "bfloat16" else torch.float32
-    ours, plain = make(dtype, **switches)
+    ours, plain = make(dtype, **SWITCHES[switches])
     idx, targets = batch(ours.config, B=8)
     true_values, true_grads = forward_backward(copy.deepcopy(plain).double(), idx, targets, False)
     values, grads = forward_backward(ours, idx, targets, mode == "autocast")
@@ -124,8 +124,8 @@ def test_training_in_float32_keeps_the_accuracy_rule():
     truth = copy.deepcopy(plain).double()
     batches = [batch(ours.config, B=8) for _ in range(5)]
     losses = train(ours, batches, ours.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu"))
-    assert_accurate("losses", losses, train(truth, batches, plain_adamw(truth)), train(plain, batches, plain_adamw(plain)),
-                    GRADIENTS)
+    true_losses, their_losses = (train(model, batches, plain_adamw(model)) for model in (truth, plain))
+    assert_accurate("losses", losses, true_losses, their_losses, GRADIENTS)
 
 
 def random_hf_config(seed):
@@ -371,11 +371,12 @@ def test_config_survives_hugging_faces_form(switches):
 def test_from_hf_knows_old_spellings_and_defaults():
     config = GPTConfig.from_hf({"n_ctx": 77, "hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1})
     assert (config.block_size, config.n_embd, config.n_head, config.n_layer) == (77, 24, 2, 1)
-    assert (config.vocab_size, config.activation, config.dropout, config.attn_dropout) == (50257, "gelu_tanh", 0.1, None)
+    assert (config.vocab_size, config.activation) == (50257, "gelu_tanh")
+    assert (config.dropout, config.attn_dropout) == (0.1, None)
 
 
 def test_importing_fastgpt_pulls_in_neither_triton_nor_transformers():
-    code = ("import sys, fastgpt; light = 'torch' not in sys.modules; fastgpt.GPT, fastgpt.SamplingParams, fastgpt.ops; "
+    code = ("import sys, fastgpt; light = 'torch' not in sys.modules; fastgpt.GPT; fastgpt.SamplingParams; fastgpt.ops\n"
             "print(light, sorted({'triton', 'transformers', 'huggingface_hub'} & set(sys.modules)))")
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "True []"
