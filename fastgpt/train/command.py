@@ -1,8 +1,8 @@
 """`fastgpt train`: its flags, made from TrainConfig, and what it sets up around a Trainer."""
-import math
 import argparse
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
