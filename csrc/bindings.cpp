@@ -131,4 +131,7 @@ PYBIND11_MODULE(_C, m) {
   define(m, "gelu_backward", &Kernels::gelu_backward);
   define(m, "attention_forward", &Kernels::attention_forward);
   define(m, "attention_backward", &Kernels::attention_backward);
+  define(m, "cross_entropy", &Kernels::cross_entropy);
+  define(m, "check_targets", &Kernels::check_targets);
+  define(m, "add_rows", &Kernels::add_rows);
 }

@@ -82,6 +82,15 @@ struct Kernels {
   void (*attention_backward)(int dtype, Heads dout, Heads q, Heads k, Heads v, Heads out, const float* lse,
                              const uint8_t* key_mask, AttentionShape shape, AttentionOptions options, Heads dq, Heads dk,
                              Heads dv);
+
+  // Of each row of logits (rows, cols), of dtype: its loss, also added to total in order of the rows; with scales (rows),
+  // the gradient of scales[i] * losses[i] takes the row's place. A target equal to `ignored` has loss and gradient 0.
+  void (*cross_entropy)(int dtype, void* logits, const int64_t* targets, int64_t ignored, const float* scales,
+                        float* losses, double* total, int64_t rows, int64_t cols);
+  // result (2): the number of targets other than `ignored`, and the index of the first one outside [0, cols), or -1.
+  void (*check_targets)(const int64_t* targets, int64_t count, int64_t cols, int64_t ignored, int64_t* result);
+  // sums (cols) += the rows of x (rows, cols) of dtype, in order.
+  void (*add_rows)(int dtype, const void* x, float* sums, int64_t rows, int64_t cols);
 };
 
 // Null where this build has no such level (another architecture).

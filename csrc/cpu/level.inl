@@ -14,6 +14,7 @@
 #include "rows.inl"
 #include "gelu.inl"
 #include "layer_norm.inl"
+#include "cross_entropy.inl"
 #include "pack.inl"
 #include "gemm.inl"
 #include "attention.inl"
@@ -61,6 +62,14 @@ const Kernels table = {
     [](int dtype, Heads dout, Heads q, Heads k, Heads v, Heads out, const float* lse, const uint8_t* key_mask,
        AttentionShape shape, AttentionOptions options, Heads dq, Heads dk, Heads dv) {
       BY_DTYPE(dtype, attention_backward, {q, k, v, key_mask, shape, options}, {dout, out, lse, dq, dk, dv});
+    },
+    [](int dtype, void* logits, const int64_t* targets, int64_t ignored, const float* scales, float* losses,
+       double* total, int64_t rows, int64_t cols) {
+      BY_DTYPE(dtype, cross_entropy, logits, targets, ignored, scales, losses, total, rows, cols);
+    },
+    check_targets,
+    [](int dtype, const void* x, float* sums, int64_t rows, int64_t cols) {
+      BY_DTYPE(dtype, add_rows, x, sums, rows, cols);
     },
 };
 
