@@ -47,6 +47,7 @@ class Subject:
         self.pytorch = run()
         self.pytorch_cpu_seconds = (time.perf_counter() - start) * torch.get_num_threads()
         self.traffic = cases.traffic(case, self.inputs, self.pytorch)
+        self.footprint = sum(t.nbytes for t in (*self.inputs.values(), *self.pytorch))
 
     def ours(self):
         run = cases.step(self.case, self.case.ours, self.inputs)
@@ -65,7 +66,7 @@ class Subject:
 def measure(subject, threads, effort, neighbours):
     """One row: ours, PyTorch's and the ceilings in turns."""
     case = subject.case
-    home = "memory" if effort.cold else ceilings.home(subject.traffic, threads)
+    home = "memory" if effort.cold else ceilings.home(subject.footprint, threads)
     limits = [ceilings.reading(home, threads)]
     if case.flops:
         limits.append(ceilings.arithmetic(ceilings.arithmetic_kind(subject.dtype), threads))
@@ -108,7 +109,7 @@ def add_memory(row, case, sizes):
     peaks = {name: memory.peak_mb(case, name, row["dtype"], sizes) for name in (OURS, PYTORCH)}
     row["peak_mb"] = peaks
     numbers = all(isinstance(peak, float) for peak in peaks.values())
-    row["memory"] = peaks[OURS] / peaks[PYTORCH] if numbers and peaks[PYTORCH] else None
+    row["memory"] = peaks[OURS] / peaks[PYTORCH] if numbers and peaks[PYTORCH] > 0 else None
 
 
 def judge(row):

@@ -77,8 +77,9 @@ def working_set(where, threads):
 
 
 def home(size, threads):
-    """Where a working set of `size` bytes lives when it is used again and again."""
-    return next((where for where in ("L2", "L3") if size <= 2 * working_set(where, threads)), "memory")
+    """Where `size` bytes live when they are used again and again."""
+    caches = DEFAULT_CACHES | cache_bytes()
+    return "L2" if size <= caches[2] * threads else "L3" if size <= caches[3] else "memory"
 
 
 def evict():

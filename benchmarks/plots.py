@@ -4,7 +4,7 @@ import matplotlib
 from benchmarks.machine import one_line
 
 matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib import pyplot, ticker
 
 WIDTH = 8  # inches
 COLOURS = {("float32", 1): "#8fb8de", ("float32", 2): "#1f5f99", ("bfloat16", 1): "#f0b27a", ("bfloat16", 2): "#b9561a"}
@@ -13,7 +13,7 @@ OURS, OTHERS = "#1f5f99", "#a8a8a8"
 
 def save(found, path):
     figure = PLOTS[found["benchmark"]](found["rows"])
-    figure.text(0.01, 0.005, one_line(found["machine"]), fontsize=6, color="0.4")
+    figure.suptitle(one_line(found["machine"]), fontsize=6, color="0.4")
     figure.savefig(path, dpi=100, metadata={"Software": None})
     pyplot.close(figure)
 
@@ -32,6 +32,9 @@ def ops_plot(rows):
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.axvline(1, color="0.3", linewidth=1)
+    axes.xaxis.set_major_locator(ticker.LogLocator(base=10, subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_xlabel("times faster than PyTorch's own (a dot for each shape)")
     axes.legend(fontsize=7)
     axes.grid(axis="x", alpha=0.3, which="both")

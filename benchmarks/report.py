@@ -73,7 +73,9 @@ def _ops_row(name, rows, kinds):
 
 
 def _ratios(rows):
-    """The geometric mean over shapes, and the range; how many gave no figure."""
+    """The geometric mean over shapes, and the range; of a single shape the quartiles; how many gave no figure."""
+    if len(rows) == 1 and rows[0]["ratio"]:
+        return f"**{rows[0]['ratio']['median']:.2f}** ({rows[0]['ratio']['q1']:.2f} to {rows[0]['ratio']['q3']:.2f})"
     ratios = [row["ratio"]["median"] for row in rows if row["ratio"]]
     missing = f"; {len(rows) - len(ratios)} without a figure" if len(ratios) < len(rows) else ""
     if not ratios:
