@@ -74,14 +74,14 @@ struct Kernels {
   void (*gelu_backward)(int dtype, int tanh, const void* dy, const void* x, const void* bias, void* dx, float* dbias,
                         int64_t rows, int64_t cols);
 
-  // q, out: (B, H, T, D); k, v: (B, G, S, D), all of dtype; key_mask: (B, S) bytes or null, 0 where a key takes no part;
-  // lse: (B, H, T), the log of each row's sum of e**score, null when not wanted.
+  // q, out: (B, H, T, D); k, v: (B, G, S, D), all of dtype; key_mask: (B, S) bytes or null, 0 where a key takes no
+  // part; lse: (B, H, T), the log of each row's sum of e**score, null when not wanted.
   void (*attention_forward)(int dtype, Heads q, Heads k, Heads v, const uint8_t* key_mask, AttentionShape shape,
                             AttentionOptions options, Heads out, float* lse);
   // dout, out, dq as q; dk as k; dv as v. out and lse: what forward gave for the same arguments.
   void (*attention_backward)(int dtype, Heads dout, Heads q, Heads k, Heads v, Heads out, const float* lse,
-                             const uint8_t* key_mask, AttentionShape shape, AttentionOptions options, Heads dq, Heads dk,
-                             Heads dv);
+                             const uint8_t* key_mask, AttentionShape shape, AttentionOptions options, Heads dq,
+                             Heads dk, Heads dv);
 
   // Of each row of logits (rows, cols), of dtype: its loss, also added to total in order of the rows; with scales (rows),
   // the gradient of scales[i] * losses[i] takes the row's place. A target equal to `ignored` has loss and gradient 0.

@@ -63,8 +63,9 @@ def _implementation(op, *tensors):
 
 
 def _check(condition, message):
+    """message: text, or a function that makes it: formatting shapes costs more than a small kernel."""
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message if isinstance(message, str) else message())
 
 
 def _check_tensor(op, name, tensor):
@@ -85,7 +86,8 @@ def _check_vector(op, name, vector, size, like):
 
 
 def _check_same_device(op, name, tensor, like):
-    _check(tensor.device == like.device, f"{op}: {name} is on {tensor.device}, the first argument on {like.device}")
+    _check(tensor.device == like.device,
+           lambda: f"{op}: {name} is on {tensor.device}, the first argument on {like.device}")
 
 
 def _check_same_dtype(op, **tensors):
@@ -199,25 +201,28 @@ def attention(q, k, v, *, causal=True, scale=None, dropout_p=0.0, key_mask=None,
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         _check_floating("attention", name, tensor)
-        _check(tensor.dim() == 4, f"attention: {name} must have 4 dimensions (batch, heads, length, head size), "
-                                  f"got shape {tuple(tensor.shape)}")
+        if tensor.dim() != 4:
+            raise ValueError(f"attention: {name} must have 4 dimensions (batch, heads, length, head size), "
+                             f"got shape {tuple(tensor.shape)}")
         _check_same_device("attention", name, tensor, q)
     (B, H, _, D), (G, S) = q.shape, k.shape[1:3]
-    _check(k.shape == v.shape, f"attention: k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    _check(k.shape == v.shape,
+           lambda: f"attention: k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
     _check(k.shape[0] == B and k.shape[3] == D,
-           f"attention: k must have batch {B} and head size {D} as q, got {tuple(k.shape)}")
-    _check(G > 0 and H % G == 0, f"attention: q's {H} heads must be a multiple of k's {G}")
+           lambda: f"attention: k must have batch {B} and head size {D} as q, got {tuple(k.shape)}")
+    _check(G > 0 and H % G == 0, lambda: f"attention: q's {H} heads must be a multiple of k's {G}")
     _check(D > 0, "attention: q must have a head size of at least 1, got 0")
     _check_number("attention", "dropout_p", dropout_p, 0.0, 1.0)
     if scale is not None:
         _check_number("attention", "scale", scale, float("-inf"))
     if seed is not None:
         _check(isinstance(seed, int) and 0 <= seed < 2 ** 63,
-               f"attention: seed must be an int in [0, 2**63), got {seed!r}")
+               lambda: f"attention: seed must be an int in [0, 2**63), got {seed!r}")
     if key_mask is not None:
         _check_tensor("attention", "key_mask", key_mask)
         _check(key_mask.shape == (B, S) and key_mask.dtype == torch.bool,
-               f"attention: key_mask must be bool of shape {(B, S)}, got {key_mask.dtype} {tuple(key_mask.shape)}")
+               lambda: f"attention: key_mask must be bool of shape {(B, S)}, got {key_mask.dtype} "
+                       f"{tuple(key_mask.shape)}")
         _check_same_device("attention", "key_mask", key_mask, q)
     q, k, v = _autocast(q, k, v)
     _check_same_dtype("attention", q=q, k=k, v=v)

@@ -1,9 +1,9 @@
-// Attention without the T x S matrix (Dao et al. 2022, arXiv:2205.14135): the scores of some queries and a block of keys at a
-// time, with a running maximum and sum of each row (the online softmax), all in float32.
+// Attention without the T x S matrix (Dao et al. 2022, arXiv:2205.14135): the scores of some queries and a block of
+// keys at a time, with a running maximum and sum of each row (the online softmax), all in float32.
 //
-// The bits of a row do not depend on what it is computed with: key blocks count from key 0, and every sum has one order (runs of
-// kChain over D in a score, a key block in the output), whatever the tile, the query block or the thread. Keys that key_mask hides
-// and keys beyond a causal row are never multiplied into it, so a NaN there does not spread.
+// The bits of a row do not depend on what it is computed with: key blocks count from key 0, and every sum has one order
+// (runs of kChain over D in a score, a key block in the output), whatever the tile, the query block or the thread. Keys
+// that key_mask hides and keys beyond a causal row are never multiplied into it, so a NaN there does not spread.
 
 namespace fastgpt {
 namespace {
@@ -95,8 +95,8 @@ INLINE void scores_of_rows(int64_t rows, const View& c, const View& a, const Vie
     product(rows, c, a.from(0, d), b.from(d), cols, min(kChain, D - d), d ? kAdd : kSet);
 }
 
-// Columns 0 to 3 of W rows. Vector i takes rows i, i + 4, ... by quarters, so that squares of 4 x 4 turn side by side: fewer
-// shuffles than a transpose of whole vectors.
+// Columns 0 to 3 of W rows. Vector i takes rows i, i + 4, ... by quarters, so that squares of 4 x 4 turn side by side:
+// fewer shuffles than a transpose of whole vectors.
 INLINE void four_columns(const float* rows, int64_t stride, Vec (&columns)[4]) {
   Vec a = load_quarters(rows, 4 * stride), b = load_quarters(rows + stride, 4 * stride);
   Vec c = load_quarters(rows + 2 * stride, 4 * stride), d = load_quarters(rows + 3 * stride, 4 * stride);
@@ -108,8 +108,8 @@ INLINE void four_columns(const float* rows, int64_t stride, Vec (&columns)[4]) {
   columns[3] = SHUFFLE(ab_high, cd_high, IN_QUARTERS(HIGH_HALVES));
 }
 
-// The same for one query against count keys, a multiple of W, as they lie in memory, D rounded up to 4: making a transposed block
-// would not pay.
+// The same for one query against count keys, a multiple of W, as they lie in memory, D rounded up to 4: making a
+// transposed block would not pay.
 template <int N = 4>
 INLINE void scores_of_whole(float* scores, const float* query, const View& keys, int64_t count, int64_t D) {
   int64_t j = 0;
@@ -131,8 +131,8 @@ INLINE void scores_of_whole(float* scores, const float* query, const View& keys,
     if (j < count) scores_of_whole<1>(scores + j, query, keys.from(j), count - j, D);
 }
 // Any count, up to whole vectors. spare: W rows of width floats, which may be the first keys' own.
-INLINE void scores_of_one(float* scores, const float* query, const View& keys, int64_t count, int64_t D, const View& spare,
-                          int64_t width) {
+INLINE void scores_of_one(float* scores, const float* query, const View& keys, int64_t count, int64_t D,
+                          const View& spare, int64_t width) {
   const int64_t whole = count / W * W;
   scores_of_whole(scores, query, keys, whole, D);
   if (whole == count) return;
@@ -151,8 +151,8 @@ INLINE void narrow_row(T* to, const float* row, int64_t D, float factor) {
   for_columns(D, [&](int64_t j, int lanes) { store_lanes(to + j, load(row + j) * factor, lanes); });
 }
 
-// A key block's rows as float32 in whole vectors: in place where they are that already, else copied, those that mask hides as
-// zeros (their numbers may be garbage, and 0 times NaN is NaN).
+// A key block's rows as float32 in whole vectors: in place where they are that already, else copied, those that mask
+// hides as zeros (their numbers may be garbage, and 0 times NaN is NaN).
 template <class T>
 INLINE View key_rows(const T* source, int64_t stride, int64_t keys, int64_t D, const uint8_t* mask, const View& copy) {
   if (sizeof(T) == sizeof(float) && !mask && D % W == 0) return {(float*)source, stride};
@@ -202,15 +202,16 @@ INLINE void drop(float* weights, int64_t n, uint32_t row_key, int64_t first_key,
     store(weights + j, as_float(as_int(load(weights + j)) & kept(row_key, first_key + j, drop_below)));
 }
 
-// +infinity for a key that takes part, -infinity for one that does not: min(score, limit) hides a key even behind a NaN.
+// +infinity for a key that takes part, -infinity for one that does not: min(score, limit) hides a key even behind a
+// NaN.
 INLINE const float* key_limits(float* limits, const uint8_t* mask, int64_t keys) {
   if (!mask) return nullptr;
   for (int64_t j = 0; j < ceil_div(keys, W) * W; j++) limits[j] = j < keys && mask[j] ? INFINITY : -INFINITY;
   return limits;
 }
 
-// One row: the maximum of the scores so far and the sum of e**(score - top), in W parts; in the block at hand its scores, of
-// which it sees the first n.
+// One row: the maximum of the scores so far and the sum of e**(score - top), in W parts; in the block at hand its
+// scores, of which it sees the first n.
 struct SoftmaxRow {
   Vec sum;
   float top;
@@ -219,8 +220,8 @@ struct SoftmaxRow {
   float* scores;
 };
 
-// The scores of a few rows become weights e**(score - top); factor: what the rows' outputs so far are to be multiplied by (room
-// for whole vectors). Step by step over all rows, so that one row's latency hides behind the others' work.
+// The scores of a few rows become weights e**(score - top); factor: what the rows' outputs so far are to be multiplied
+// by (room for whole vectors). Step by step over all rows, so that one row's latency hides behind the others' work.
 INLINE void softmax_rows(SoftmaxRow* rows, int64_t count, const float* limits, float* factor) {
   float shift[kTileRows];
   for (int64_t i = 0; i < count; i++) {
@@ -253,8 +254,8 @@ INLINE void softmax_rows(SoftmaxRow* rows, int64_t count, const float* limits, f
   }
 }
 
-// What a forward task computes: some of the query heads of key head g, a run of queries. Row n is query n % queries of head
-// n / queries, counted from the task's first.
+// What a forward task computes: some of the query heads of key head g, a run of queries. Row n is query n % queries of
+// head n / queries, counted from the task's first.
 struct QueryBlock {
   int64_t b, g, head, heads, query, queries;
 };
@@ -264,7 +265,8 @@ void attention_forward_block(const Attention& a, const QueryBlock& block, const 
   const int64_t rows = block.heads * block.queries, D = a.shape.D, Dp = a.Dp;
   const int64_t floats = 2 * rows * Dp + kTileRows * (kKeys + Dp) + D * kKeys + 2 * kKeys * Dp;
   Arena arena{(float*)scratch(kAttentionScratch, sizeof(float) * (floats + 7 * 16))};
-  View Q = arena.view(rows, Dp), O = arena.view(rows, Dp), P = arena.view(kTileRows, kKeys), PV = arena.view(kTileRows, Dp);
+  View Q = arena.view(rows, Dp), O = arena.view(rows, Dp);
+  View P = arena.view(kTileRows, kKeys), PV = arena.view(kTileRows, Dp);
   View Kt = arena.view(D, kKeys), K_copy = arena.view(kKeys, Dp), V_copy = arena.view(kKeys, Dp);
   float limits_buffer[kKeys];
   SoftmaxRow softmax[kMostRows];

@@ -1,8 +1,9 @@
-// The gradients of attention: the weights P are computed again from the saved log-sum-exp, a block of queries and a block of
-// keys at a time, in one pass that serves dq, dk and dv. With dP = dO V^T, five products a block:
+// The gradients of attention: the weights P are computed again from the saved log-sum-exp, a block of queries and a
+// block of keys at a time, in one pass that serves dq, dk and dv. With dP = dO V^T, five products a block:
 //   dV = P^T dO    dS = P (dP - rowsum(dO * O))    dQ = dS K    dK = dS^T Q
-// A task is one key head, so that its sums stay with it. Where those are few, they are cut into runs of keys, each with a dq of
-// its own: the runs depend on the shape alone and are added in order, so the bits are the same on any number of threads.
+// A task is one key head, so that its sums stay with it. Where those are few, they are cut into runs of keys, each with
+// a dq of its own: the runs depend on the shape alone and are added in order, so the bits are the same on any number of
+// threads.
 
 namespace fastgpt {
 namespace {
@@ -18,11 +19,11 @@ struct AttentionGradients {
   Heads dq, dk, dv;
 };
 
-constexpr int64_t kGradRow = kGradKeys + 16;  // of a block in memory; as a power of two its columns would share cache sets
+constexpr int64_t kGradRow = kGradKeys + 16;  // in memory: rows a power of two apart would share cache sets
 
-// What a task works on. Of one query head: Q (scaled), dO and dQ (T, Dp), lse, delta = rowsum(dO * O) and the dropout's keys
-// (T). Of its run of keys, which begins at `begin`: dK and dV. Of the key block from `key` on: K, its transpose and V's; and
-// P and dS of that and a block of queries.
+// What a task works on. Of one query head: Q (scaled), dO and dQ (T, Dp), lse, delta = rowsum(dO * O) and the dropout's
+// keys (T). Of its run of keys, which begins at `begin`: dK and dV. Of the key block from `key` on: K, its transpose
+// and V's; and P and dS of that and a block of queries.
 struct BackwardState {
   View Q, dO, dQ, dK, dV, K, Kt, Vt, P, dS, K_copy, V_copy;
   float *lse, *delta;
@@ -59,23 +60,49 @@ INLINE void weights_backward(const BackwardRow& row, const float* limits, const 
   for (; j < row.end; j += W) store(row.weights + j, Vec{}), store(row.dS + j, Vec{});
 }
 
+// rowsum(dO * O) of W rows, dO as float32: the sums in the same order as dP's, so that dS is exactly 0 in a row with
+// one key, whose O is that key's V.
 template <class T>
-void widen_query_head(const BackwardState& s, const Attention& a, const AttentionGradients& grads, int64_t b, int64_t h) {
-  for (int64_t i = 0; i < a.shape.T; i++) {
-    float* dO = s.dO.from(i).data;
-    widen_row(s.Q.from(i).data, row_of<T>(a.q, b, h, i), a.shape.D, a.options.scale);
-    widen_row(dO, row_of<T>(grads.dout, b, h, i), a.shape.D, 1.0f);
-    const T* out = row_of<T>(grads.out, b, h, i);
-    Vec products = {};
-    for_columns(a.shape.D, [&](int64_t j, int lanes) { products = products + load(dO + j) * load_lanes(out + j, lanes); });
-    s.delta[i] = reduce_add(products);
-    const float lse = grads.lse[(b * a.shape.H + h) * a.shape.T + i];
+INLINE Vec row_products(const float* const (&dO)[W], const T* const (&out)[W], int64_t D) {
+  Vec total = {};
+  for (int64_t start = 0; start < D; start += kChain) {
+    Vec sum = {};
+    for_columns(min(kChain, D - start), [&](int64_t j, int lanes) {
+      Vec a[W], b[W];
+      UNROLL for (int i = 0; i < W; i++) a[i] = load(dO[i] + start + j), b[i] = load_lanes(out[i] + start + j, lanes);
+      transpose(a);
+      transpose(b);
+      UNROLL for (int k = 0; k < W; k++) sum = sum + a[k] * b[k];
+    });
+    total = start ? total + sum : sum;
+  }
+  return total;
+}
+
+template <class T>
+void widen_query_head(const BackwardState& s, const Attention& a, const AttentionGradients& grads, int64_t b,
+                      int64_t h) {
+  const int64_t length = a.shape.T, D = a.shape.D;
+  for (int64_t i = 0; i < length; i++) {
+    widen_row(s.Q.from(i).data, row_of<T>(a.q, b, h, i), D, a.options.scale);
+    widen_row(s.dO.from(i).data, row_of<T>(grads.dout, b, h, i), D, 1.0f);
+    const float lse = grads.lse[(b * a.shape.H + h) * length + i];
     s.lse[i] = lse == -INFINITY ? INFINITY : lse;  // no key seen: every weight is e**-infinity
     s.dropout_key[i] = a.drop_below ? dropout_row_key(a.options.seed, b, h, i) : 0;
   }
+  for (int64_t i = 0; i < length; i += W) {
+    const float* dO[W];
+    const T* out[W];
+    for (int n = 0; n < W; n++) {
+      const int64_t row = min(i + n, length - 1);
+      dO[n] = s.dO.from(row).data, out[n] = row_of<T>(grads.out, b, h, row);
+    }
+    store(s.delta + i, row_products(dO, out, D));
+  }
 }
 
-// Adds what queries first .. first + rows and the state's key block give to dQ, dK and dV. Each query sees the first key.
+// Adds what queries first .. first + rows and the state's key block give to dQ, dK and dV. Each query sees the first
+// key.
 INLINE void backward_block(const BackwardState& s, const Attention& a, int64_t first, int64_t rows) {
   const View Q = s.Q.from(first), dO = s.dO.from(first);
   for (int64_t n = 0; n < rows; n += kTileRows) {
@@ -122,7 +149,7 @@ void attention_backward_run(const Attention& a, const AttentionGradients& grads,
                             int64_t end, float* dq) {
   const int64_t length = a.shape.T, D = a.shape.D, Dp = a.Dp, keys = end - begin;
   const int64_t floats = 3 * length * Dp + 2 * (keys + kGradKeys) * Dp + 2 * (kGradQueries + D) * kGradRow;
-  Arena arena{(float*)scratch(kAttentionScratch, sizeof(float) * (floats + 3 * length + 14 * 16))};
+  Arena arena{(float*)scratch(kAttentionScratch, sizeof(float) * (floats + 3 * length + W + 14 * 16))};
   BackwardState s;
   s.begin = begin;
   s.Q = arena.view(length, Dp), s.dO = arena.view(length, Dp), s.dQ = arena.view(length, Dp);
@@ -130,7 +157,7 @@ void attention_backward_run(const Attention& a, const AttentionGradients& grads,
   s.Kt = arena.view(D, kGradRow), s.Vt = arena.view(D, kGradRow);
   s.P = arena.view(kGradQueries, kGradRow), s.dS = arena.view(kGradQueries, kGradRow);
   s.K_copy = arena.view(kGradKeys, Dp), s.V_copy = arena.view(kGradKeys, Dp);
-  s.lse = arena.take(length), s.delta = arena.take(length), s.dropout_key = (uint32_t*)arena.take(length);
+  s.lse = arena.take(length), s.delta = arena.take(length + W), s.dropout_key = (uint32_t*)arena.take(length);
   memset(s.dK.data, 0, sizeof(float) * keys * Dp);
   memset(s.dV.data, 0, sizeof(float) * keys * Dp);
   for (int64_t r = 0; r < a.group; r++) {

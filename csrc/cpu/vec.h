@@ -120,7 +120,8 @@ INLINE void store(bf16* p, Vec a, int n) {
 INLINE Vec load_quarters(const float* p, int64_t stride) {
 #if defined(__AVX512F__)
   __m512 a = _mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride), 1);
-  return (Vec)_mm512_insertf32x4(_mm512_insertf32x4(a, _mm_loadu_ps(p + 2 * stride), 2), _mm_loadu_ps(p + 3 * stride), 3);
+  a = _mm512_insertf32x4(a, _mm_loadu_ps(p + 2 * stride), 2);
+  return (Vec)_mm512_insertf32x4(a, _mm_loadu_ps(p + 3 * stride), 3);
 #elif defined(__AVX2__) && FASTGPT_VEC_WIDTH == 8
   return (Vec)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride), 1);
 #else
@@ -192,8 +193,8 @@ INLINE Vec exp(Vec x) {
   return x < -87.0f ? Vec{} : scaled;
 }
 
-// e**x for x <= 0 (or a rounding error above), to about 1 ulp: 0 below -87, NaN for NaN. Half the latency of exp: no clamp
-// (what lies below -87 is discarded at the end), a polynomial in pairs, 2**n added to the exponent's bits.
+// e**x for x <= 0 (or a rounding error above), to about 1 ulp: 0 below -87, NaN for NaN. Half the latency of exp: no
+// clamp (what lies below -87 is discarded at the end), a polynomial in pairs, 2**n added to the exponent's bits.
 INLINE Vec exp_nonpositive(Vec x) {
   Vec shifted = x * 1.44269504f + 12582912.0f;
   Vec n = shifted - 12582912.0f;

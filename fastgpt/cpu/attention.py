@@ -27,13 +27,13 @@ def _options(causal, scale, dropout_p, seed):
 
 
 def _empty_joinable(x):
-    """An uninitialised tensor of x's shape (B, H, T, D) that lies as (B, T, H, D), so that its heads join without a copy."""
-    B, H, T, D = x.shape
-    return x.new_empty((B, T, H, D)).transpose(1, 2)
+    """An uninitialised tensor of x's shape (B, H, T, D) that lies as (B, T, H, D): its heads join without a copy."""
+    _, H, T, D = x.shape
+    return torch.empty_strided(x.shape, (T * H * D, D, H * D, 1), dtype=x.dtype, device=x.device)
 
 
 def _empty_lse(q, keep_lse):
-    return q.new_empty(q.shape[:3] if keep_lse else (0,), dtype=torch.float32)
+    return torch.empty(q.shape[:3] if keep_lse else (0,), dtype=torch.float32, device=q.device)
 
 
 def _forward(q, k, v, key_mask, seed, causal, scale, dropout_p, keep_lse):
