@@ -49,6 +49,10 @@ class Subject:
         self.traffic = cases.traffic(case, self.inputs, self.pytorch)
         self.footprint = sum(t.nbytes for t in (*self.inputs.values(), *self.pytorch))
 
+    def floating(self):
+        """The tensors by which an implementation is chosen: not the targets of a loss."""
+        return [t for t in self.inputs.values() if t.is_floating_point()]
+
     def ours(self):
         run = cases.step(self.case, self.case.ours, self.inputs)
         names = cases.result_names(self.case, self.inputs, self.truth)
@@ -84,7 +88,7 @@ def _row(subject, threads, limits, result):
     case = subject.case
     ours = result.timing(OURS)
     row = {"op": case.op, "what": case.what, "shape": case.shape, "dtype": subject.dtype, "threads": threads,
-           "implementation": ops.resolve(case.op, *subject.inputs.values())[0],
+           "implementation": ops.resolve(case.op, *subject.floating())[0],
            "seconds": ours, "pytorch_seconds": result.timing(PYTORCH), "ratio": result.ratio(OURS, PYTORCH),
            "flops": case.flops, "bytes": subject.traffic, "gflops": None, "gbs": None, "share": None, "ceiling": None,
            "dirty": result.dirty(OURS) + result.dirty(PYTORCH), "failures": result.failures,

@@ -353,6 +353,7 @@ def test_bench_ops_runs_and_reports(tmp_path, run_script):
     found = run_script(bench_ops, *options, "--ops", "layer_norm", "cross_entropy")
     assert {row["op"] for row in found["rows"]} == {"layer_norm", "cross_entropy"}
     assert any(row.get("peak_mb") for row in found["rows"])
+    assert {row["implementation"] for row in found["rows"]} == {"cpp"}
     for row in found["rows"]:
         assert not row["failures"] and row["seconds"]["median"] > 0 and row["share"]["median"] > 0 and row["ratio"]
     assert {row["ceiling"] for row in found["ceilings"]} >= {"float32 FMA", "L2 read", "L3 read", "memory read"}
