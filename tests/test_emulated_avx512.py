@@ -33,6 +33,7 @@ sys.exit(pytest.main(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow  # builds a level and runs every op test again: 90 s
 @pytest.mark.skipif(bool(extension.MISSING) or extension.level_refusal("avx2") is not None,
                     reason="needs the extension and a processor with AVX2")
 def test_the_ops_with_vectors_of_16(tmp_path):
