@@ -68,6 +68,10 @@ struct Kernels {
   // C (M, N) = A (M, K) B (K, N), of any dtypes, summed in float32; C's columns are contiguous. accumulate adds to what
   // C holds, which must be float32 then.
   void (*gemm)(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, const Epilogue& epilogue);
+  // dz = dy activation'(pre), all (rows, cols) of dtype; dbias, float32 (cols) or null, is dz's sum over the rows. With no
+  // activation dz is dy: pre and dz may be null.
+  void (*activation_backward)(int dtype, int activation, const void* dy, const void* pre, void* dz, float* dbias,
+                              int64_t rows, int64_t cols);
   // y = gelu(x + bias), x and y (rows, cols), bias (cols) or null, all of dtype; exact, or by tanh if `tanh`.
   void (*gelu_forward)(int dtype, int tanh, const void* x, const void* bias, void* y, int64_t rows, int64_t cols);
   // dx = dy gelu'(x + bias); dbias, float32 (cols) or null, is dx's sum over the rows.

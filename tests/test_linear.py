@@ -1,24 +1,186 @@
+import importlib
+from functools import partial
+
 import pytest
 import torch
-from numerics import check_op
+from numerics import assert_accurate, check_op
 
 from fastgpt import ops, reference
+from fastgpt.cpu import extension
+from fastgpt.cpu.gemm import matmul
 
-SHAPES = [(7, 3, 5), (33, 59, 111), (0, 8, 4), (130, 17, 64)]  # rows, K, N
+# rows, K, N: odd, empty, one, and more than one block of K (384 or 256)
+SHAPES = [(1, 1, 1), (7, 3, 5), (33, 59, 111), (2, 400, 65), (5, 0, 3), (0, 8, 4), (19, 800, 17), (130, 17, 64)]
+# M, K, N of plain products: more than a block of rows, of columns, of both; tails of every tile
+PRODUCTS = [(1, 1, 1), (3, 385, 70), (16, 64, 33), (200, 5, 1050), (301, 770, 48), (5, 0, 7), (0, 3, 2), (2, 3, 0)]
+
+
+def make(M, K, N, dtype=torch.float32):
+    return {"x": torch.randn(M, K, dtype=dtype), "weight": torch.randn(N, K, dtype=dtype) / max(1, K) ** 0.5,
+            "bias": torch.randn(N, dtype=dtype), "residual": torch.randn(M, N, dtype=dtype)}
+
+
+def with_activation(module, activation):
+    return lambda x, weight, bias, residual: module.linear(x, weight, bias, activation=activation, residual=residual)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
 def test_values_and_gradients(shape, activation, dtype, level):
-    M, K, N = shape
-    inputs = {"x": torch.randn(M, K, dtype=dtype), "weight": torch.randn(N, K, dtype=dtype) / K ** 0.5,
-              "bias": torch.randn(N, dtype=dtype), "residual": torch.randn(M, N, dtype=dtype)}
-
-    def op(implementation):
-        return lambda x, weight, bias, residual: implementation.linear(x, weight, bias, activation=activation,
-                                                                       residual=residual)
     with ops.backend("cpp"):
-        check_op(op(ops), inputs, op(reference))
-        check_op(lambda x, w: ops.linear(x, w, activation=activation),
-                 {"x": inputs["x"], "weight": inputs["weight"]},
-                 lambda x, w: reference.linear(x, w, activation=activation))
+        check_op(with_activation(ops, activation), make(*shape, dtype), with_activation(reference, activation))
+
+
+@pytest.mark.parametrize("missing", [("bias",), ("residual",), ("bias", "residual")], ids="+".join)
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_without_bias_or_residual(missing, activation, dtype, level):
+    inputs = make(9, 20, 35, dtype) | dict.fromkeys(missing)
+    check_op(with_activation(ops, activation), inputs, with_activation(reference, activation))
+
+
+@pytest.mark.parametrize("shape", [(40,), (2, 3, 40)], ids=str)
+def test_leading_dimensions(shape, level):
+    x, weight, bias = torch.randn(shape), torch.randn(24, 40), torch.randn(24)
+    check_op(ops.linear, {"x": x, "weight": weight, "bias": bias}, reference.linear)
+
+
+def test_strided_inputs(dtype, level):
+    x, weight = torch.randn(6, 40, 5, dtype=dtype).transpose(1, 2), torch.randn(48, 40, dtype=dtype).t()[:, ::2][:31]
+    bias, residual = torch.randn(62, dtype=dtype)[::2], torch.randn(31, 5, 6, dtype=dtype).permute(2, 1, 0)
+    x = x[..., :24]
+    check_op(ops.linear, {"x": x, "weight": weight, "bias": bias}, reference.linear)
+    dense = ops.linear(x.clone(), weight.clone(), bias.clone(), residual=residual.contiguous())
+    assert torch.equal(ops.linear(x, weight, bias, residual=residual), dense)
+
+
+def test_a_gradient_of_stride_zero(level):
+    leaves = [t.requires_grad_() for t in make(9, 20, 35).values()]
+    y = ops.linear(*leaves[:3], activation="gelu", residual=leaves[3])
+    expanded = torch.autograd.grad(y.sum(), leaves, retain_graph=True)
+    assert all(map(torch.equal, expanded, torch.autograd.grad(y, leaves, torch.ones(9, 35))))
+
+
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias", "residual"])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_only_wanted_gradients(wanted, activation):
+    inputs = make(9, 20, 35)
+    op = with_activation(ops, activation)
+    alone = {n: t.clone().requires_grad_(n == wanted) for n, t in inputs.items()}
+    together = {n: t.clone().requires_grad_() for n, t in inputs.items()}
+    op(**alone).square().sum().backward()
+    op(**together).square().sum().backward()
+    assert torch.equal(alone[wanted].grad, together[wanted].grad)
+    assert all(t.grad is None for n, t in alone.items() if n != wanted)
+
+
+@pytest.mark.parametrize("a_transposed", [False, True])
+@pytest.mark.parametrize("b_transposed", [False, True])
+@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+def test_products_of_any_layout(shape, a_transposed, b_transposed, dtype, level):
+    M, K, N = shape
+    a = torch.randn(K, M, dtype=dtype).t() if a_transposed else torch.randn(M, K, dtype=dtype)
+    b = torch.randn(N, K, dtype=dtype).t() if b_transposed else torch.randn(K, N, dtype=dtype)
+    truth = a.double() @ b.double()
+    assert_accurate("product", matmul(a, b), truth, a @ b)
+    out = torch.randn(M, N)
+    before = out.clone()
+    matmul(a, b, out, accumulate=True)
+    assert_accurate("sum", out, before + truth, before + (a.float() @ b.float()))
+    wide = torch.full((M, N + 3), 7.0, dtype=dtype)
+    matmul(a, b, wide[:, 1:N + 1])
+    assert torch.equal(wide[:, 1:N + 1], matmul(a, b)) and (wide[:, [0, N + 1, N + 2]] == 7).all()
+
+
+def test_a_product_of_general_strides(dtype, level):
+    a, b = torch.randn(50, 66, dtype=dtype)[::2, ::3], torch.randn(44, 140, dtype=dtype)[::2, ::2]
+    assert torch.equal(matmul(a, b), matmul(a.contiguous(), b.contiguous()))
+    ones = torch.ones(1, 1, dtype=dtype).expand(25, 22)
+    assert torch.equal(matmul(ones, b), matmul(ones.contiguous(), b.contiguous()))
+
+
+@pytest.fixture
+def on_threads():
+    before = extension.get_num_threads()
+    yield extension.set_num_threads
+    extension.set_num_threads(before)
+
+
+@pytest.mark.parametrize("activation", [None, "gelu_tanh"])
+def test_rows_have_the_same_bits_in_any_batch(activation, dtype, level):
+    inputs = make(301, 800, 75, dtype)
+    op = with_activation(ops, activation)
+    whole = op(**inputs)
+    for begin, end in [(0, 1), (77, 78), (3, 5), (100, 103), (9, 17), (150, 183), (300, 301), (11, 250)]:
+        rows = {n: t[begin:end] if n in ("x", "residual") else t for n, t in inputs.items()}
+        assert torch.equal(op(**rows), whole[begin:end]), (begin, end)
+    for columns in (slice(0, 1), slice(5, 70), slice(74, 75)):
+        part = ops.linear(inputs["x"], inputs["weight"][columns], inputs["bias"][columns], activation=activation,
+                          residual=inputs["residual"][:, columns])
+        assert torch.equal(part, whole[:, columns]), columns
+
+
+def test_same_bits_on_any_number_of_threads(on_threads, dtype, level):
+    inputs, dy = make(301, 800, 130, dtype), torch.randn(301, 130, dtype=dtype)
+    results = []
+    for count in (1, 2, 3):
+        on_threads(count)
+        leaves = {n: t.clone().requires_grad_() for n, t in inputs.items()}
+        y = ops.linear(**leaves, activation="gelu")
+        results.append((y, *torch.autograd.grad(y, leaves.values(), dy)))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def test_nan_and_infinity_stay_in_their_row(level):
+    x, weight = torch.randn(20, 30), torch.randn(18, 30)
+    clean = ops.linear(x, weight, activation="relu")
+    x[3, 4], x[11, 29] = float("nan"), float("inf")
+    y = ops.linear(x, weight, activation="relu")
+    assert y[3].isnan().all() and not y[11].isfinite().all()
+    others = [i for i in range(20) if i not in (3, 11)]
+    assert torch.equal(y[others], clean[others])
+
+
+def test_autocast(level):
+    x, weight, bias = torch.randn(5, 40), torch.randn(24, 40, requires_grad=True), torch.randn(24)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ops.linear(x, weight, bias)
+    assert torch.equal(y, ops.linear(x.bfloat16(), weight.bfloat16(), bias.bfloat16()))
+    assert torch.autograd.grad(y.sum(), weight)[0].dtype == torch.float32
+
+
+def test_bfloat16_by_torchs_product(monkeypatch):
+    linear = importlib.import_module("fastgpt.cpu.linear")  # the attribute of that name is the op
+    monkeypatch.setattr(linear, "HAS_BF16", True)
+    assert linear.bfloat16_product()[0] == "torch"
+    for activation in ops.ACTIVATIONS:
+        check_op(with_activation(ops, activation), make(9, 20, 35, torch.bfloat16), with_activation(reference, activation))
+
+
+@pytest.mark.parametrize("activation", ["", "gelu", "relu"])
+def test_defined_ops_keep_their_contract(activation):
+    x, weight, bias, residual = make(4, 6, 5).values()
+    leaves = [t.requires_grad_() for t in (x, weight, bias, residual)]
+    torch.library.opcheck(torch.ops.fastgpt.linear.default, (*leaves, activation, activation != ""))
+    pre = torch.randn(4, 5) if activation else torch.empty(0)
+    torch.library.opcheck(torch.ops.fastgpt.linear_backward.default,
+                          (torch.randn(4, 5), x.detach(), weight.detach(), pre, activation, [True, False, True]))
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_compiled_with_backward(activation):
+    op = partial(with_activation(ops, activation), **make(4, 6, 5))
+    results = []
+    for function in (op, torch.compile(op, fullgraph=True, backend="aot_eager")):
+        weight = make(4, 6, 5)["weight"].fill_(0.3).requires_grad_()
+        y = function(weight=weight)
+        results.append((y, torch.autograd.grad(y.square().sum(), weight)[0]))
+    assert all(map(torch.equal, *results))
+
+
+def test_wrong_arguments_are_named():
+    x, weight = torch.randn(3, 4), torch.randn(5, 6)
+    with pytest.raises(ValueError, match=r"linear: x must have K = 6 .* in its last dimension, got \(3, 4\)"):
+        ops.linear(x, weight)
+    with pytest.raises(ValueError, match="linear: activation must be one of .*, got 'silu'"):
+        ops.linear(x, torch.randn(5, 4), activation="silu")

@@ -2,7 +2,7 @@
 // keys at a time, with a running maximum and sum of each row (the online softmax), all in float32.
 //
 // The bits of a row do not depend on what it is computed with: key blocks count from key 0, and every sum has one order
-// (runs of kChain over D in a score, a key block in the output), whatever the tile, the query block or the thread. Keys
+// (runs of kScoreChain over D in a score, a key block in the output), whatever the tile, the query block or the thread. Keys
 // that key_mask hides and keys beyond a causal row are never multiplied into it, so a NaN there does not spread.
 
 namespace fastgpt {
@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kMostRows = 192;          // of a task: what the packing of a key block is spread over
 constexpr int64_t kMostRowFloats = 24576;   // of a task's Q and O each: they stay in a second-level cache
 constexpr int64_t kKeys = 128;              // of a block
-constexpr int64_t kChain = 64;              // a sum over D starts anew: one long chain of additions would lose digits
+constexpr int64_t kScoreChain = 64;         // a sum over D starts anew: one long chain of additions would lose digits
 constexpr int64_t kSerialFlops = 400000;    // below, waking the other threads costs more than they spare
 
 // One call. Rows of packed blocks have Dp columns, D rounded up to whole vectors; those beyond D are zero.
@@ -91,8 +91,8 @@ INLINE void product(int64_t rows, const View& c, const View& a, const View& b, i
 
 // c = a b for sums over D.
 INLINE void scores_of_rows(int64_t rows, const View& c, const View& a, const View& b, int64_t cols, int64_t D) {
-  for (int64_t d = 0; d < D; d += kChain)
-    product(rows, c, a.from(0, d), b.from(d), cols, min(kChain, D - d), d ? kAdd : kSet);
+  for (int64_t d = 0; d < D; d += kScoreChain)
+    product(rows, c, a.from(0, d), b.from(d), cols, min(kScoreChain, D - d), d ? kAdd : kSet);
 }
 
 // Columns 0 to 3 of W rows. Vector i takes rows i, i + 4, ... by quarters, so that squares of 4 x 4 turn side by side:
@@ -114,9 +114,9 @@ template <int N = 4>
 INLINE void scores_of_whole(float* scores, const float* query, const View& keys, int64_t count, int64_t D) {
   int64_t j = 0;
   for (; j + N * W <= count; j += N * W)
-    for (int64_t start = 0; start < D; start += kChain) {
+    for (int64_t start = 0; start < D; start += kScoreChain) {
       Vec acc[N] = {};
-      for (int64_t d = start; d < min(D, start + kChain); d += 4)
+      for (int64_t d = start; d < min(D, start + kScoreChain); d += 4)
         UNROLL for (int n = 0; n < N; n++) {
           Vec columns[4];
           four_columns(keys.from(j + n * W, d).data, keys.row, columns);

@@ -65,9 +65,9 @@ INLINE void weights_backward(const BackwardRow& row, const float* limits, const 
 template <class T>
 INLINE Vec row_products(const float* const (&dO)[W], const T* const (&out)[W], int64_t D) {
   Vec total = {};
-  for (int64_t start = 0; start < D; start += kChain) {
+  for (int64_t start = 0; start < D; start += kScoreChain) {
     Vec sum = {};
-    for_columns(min(kChain, D - start), [&](int64_t j, int lanes) {
+    for_columns(min(kScoreChain, D - start), [&](int64_t j, int lanes) {
       Vec a[W], b[W];
       UNROLL for (int i = 0; i < W; i++) a[i] = load(dO[i] + start + j), b[i] = load_lanes(out[i] + start + j, lanes);
       transpose(a);

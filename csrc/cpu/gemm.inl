@@ -1,13 +1,14 @@
 // C = A B for matrices of any strides, and what follows it in a linear layer (Goto & van de Geijn 2008, "Anatomy of
 // high-performance matrix multiplication"): blocks of B and A are packed for the caches, tiles of C stay in registers.
 //
-// The order of every sum is fixed: runs of kBlockK products in order of k, added in order. It depends on neither the
+// The order of every sum is fixed: chains of kChain products in order of k, added in order. It depends on neither the
 // shape, the tile, the part nor the thread, so a row's result has the same bits in any batch.
 
 namespace fastgpt {
 namespace {
 
-constexpr int64_t kBlockK = W == 16 ? 256 : 384;            // a panel of B, 24 or 32 KB, in L1
+constexpr int64_t kChain = 128;                              // the rounding error grows with the chain
+constexpr int64_t kBlockK = (W == 16 ? 2 : 3) * kChain;      // a panel of B, 24 or 32 KB, in L1
 constexpr int64_t kBlockRows = 144 / kTileRows * kTileRows;  // a block of A, 144 or 216 KB, in L2
 constexpr int64_t kBlockCols = 1024 / kTileCols * kTileCols;  // a block of B, 1 or 1.5 MB, in L3
 constexpr int64_t kKeptRows = 32;                            // up to here A is packed once, for all of K
@@ -24,9 +25,9 @@ struct Part {
   int64_t row, rows, col, cols;
 };
 
-// out (M, kTileCols) = or += a panel of A times a panel of B.
+// out (M, kTileCols) = or += one chain of a panel of A times a panel of B.
 template <int M>
-void multiply_panels(const float* a, const float* b, int64_t K, float* out, int64_t out_row, bool add) {
+INLINE void multiply_chain(const float* a, const float* b, int64_t K, float* out, int64_t out_row, bool add) {
   Vec sums[M][kTileVecs];
   UNROLL for (int i = 0; i < M; i++) {
     UNROLL for (int j = 0; j < kTileVecs; j++) sums[i][j] = Vec{};
@@ -40,6 +41,14 @@ void multiply_panels(const float* a, const float* b, int64_t K, float* out, int6
       store(p, add ? load(p) + sums[i][j] : sums[i][j]);
     }
   }
+}
+
+// out (M, kTileCols) = or += a panel of A times a panel of B.
+template <int M>
+void multiply_panels(const float* a, const float* b, int64_t K, float* out, int64_t out_row, bool add) {
+  multiply_chain<M>(a, b, min(K, kChain), out, out_row, add);
+  for (int64_t k = kChain; k < K; k += kChain)
+    multiply_chain<M>(a + k * kTileRows, b + k * kTileCols, min(K - k, kChain), out, out_row, true);
 }
 
 typedef void (*PanelKernel)(const float*, const float*, int64_t, float*, int64_t, bool);
@@ -61,17 +70,16 @@ INLINE void store_any(int dtype, void* p, int64_t index, Vec a, int lanes) {
 INLINE Vec activate(Vec z, int activation) {
   if (activation == kGelu) return gelu_erf(z);
   if (activation == kGeluTanh) return gelu_tanh(z);
-  return activation == kRelu ? max(z, Vec{}) : z;
+  return activation == kRelu ? (z < 0.0f ? Vec{} : z) : z;  // a NaN stays
 }
 
-// C = activation(earlier + sums + bias) + residual for one tile. earlier: the sums of the blocks of K before, or null.
-void finish_tile(const Product& p, Part tile, const float* sums, const float* earlier, int64_t earlier_row) {
+// C = activation(sums + bias) + residual for one tile.
+void finish_tile(const Product& p, Part tile, const float* sums) {
   const Epilogue& e = p.epilogue;
   for (int64_t i = 0; i < tile.rows; i++) {
     int64_t at = (tile.row + i) * p.c.row + tile.col;
     for_columns(tile.cols, [&](int64_t j, int lanes) {
       Vec z = load(sums + i * kTileCols + j);
-      if (earlier) z = load_lanes(earlier + i * earlier_row + j, lanes) + z;
       if (e.bias) z = z + load_any(e.bias_dtype, e.bias, tile.col + j, lanes);
       if (e.pre) store_any(p.c.dtype, e.pre, at + j, z, lanes);
       z = activate(z, e.activation);
@@ -81,13 +89,11 @@ void finish_tile(const Product& p, Part tile, const float* sums, const float* ea
   }
 }
 
-// Adds a tile's sums to the partial sums in front of its last block of K.
-void add_tile(Part tile, const float* sums, float* out, int64_t out_row, bool add) {
+// Copies a tile, rows of which lie from_row and to_row apart.
+void copy_tile(Part tile, const float* from, int64_t from_row, float* to, int64_t to_row) {
   for (int64_t i = 0; i < tile.rows; i++)
     for_columns(tile.cols, [&](int64_t j, int lanes) {
-      float* p = out + i * out_row + j;
-      Vec z = load(sums + i * kTileCols + j);
-      store_lanes(p, add ? load_lanes(p, lanes) + z : z, lanes);
+      store_lanes(to + i * to_row + j, load_lanes(from + i * from_row + j, lanes), lanes);
     });
 }
 
@@ -121,11 +127,12 @@ void multiply_block(const Product& p, Part block, Step step, const float* a, con
         multiply(a_panel, b_panel, step.K, out, partial.stride, add);
         continue;
       }
-      multiply(a_panel, b_panel, step.K, sums, kTileCols, false);
+      if (add) copy_tile(tile, out, partial.stride, sums, kTileCols);
+      multiply(a_panel, b_panel, step.K, sums, kTileCols, add);
       if (store_now)
-        add_tile(tile, sums, out, partial.stride, add);
+        copy_tile(tile, sums, kTileCols, out, partial.stride);
       else
-        finish_tile(p, tile, sums, add ? out : nullptr, partial.stride);
+        finish_tile(p, tile, sums);
     }
 }
 
@@ -148,9 +155,9 @@ INLINE void multiply_few_steps(const float* a, const T* const* line, int64_t k, 
   asm volatile("" ::: "memory");
 }
 
-// total = or += a block of K for kFewCols columns; a is a panel of A.
+// total = or += a chain for kFewCols columns; a is a panel of A.
 template <int M, class T>
-NOINLINE void multiply_few_block(const float* a, const T* const* line, int64_t k, int64_t K, bool add,
+NOINLINE void multiply_few_chain(const float* a, const T* const* line, int64_t k, int64_t K, bool add,
                                  Vec (&total)[kFewGroups][M]) {
   Vec sums[kFewGroups][M];
   UNROLL for (int g = 0; g < kFewGroups; g++) UNROLL for (int i = 0; i < M; i++) sums[g][i] = Vec{};
@@ -168,19 +175,30 @@ NOINLINE void multiply_few_block(const float* a, const T* const* line, int64_t k
     UNROLL for (int i = 0; i < M; i++) total[g][i] = add ? total[g][i] + sums[g][i] : sums[g][i];
 }
 
+// total = what C holds there
+template <int M>
+void load_few(const Product& p, Part part, int64_t j, Vec (&total)[kFewGroups][M]) {
+  const float* c = (const float*)p.c.data + part.row * p.c.row + part.col;
+  for (int g = 0; g < kFewGroups && j + g * W < part.cols; g++)
+    for (int i = 0; i < M; i++)
+      total[g][i] = load_lanes(c + i * p.c.row + j + g * W, (int)min(W, part.cols - j - g * W));
+}
+
 template <int M, class T>
 void multiply_few(const Product& p, Part part, const float* a, int64_t a_size) {
   alignas(64) float out[kTileRows * kTileCols];
   for (int64_t j = 0; j < part.cols; j += kFewCols) {
     Lines<kFewCols, T> b((const T*)p.b.data + (part.col + j) * p.b.col, p.b.col, part.cols - j);
     Vec total[kFewGroups][M];
-    for (int64_t k = 0; k == 0 || k < p.a.cols; k += kBlockK)
-      multiply_few_block<M>(a + k / kBlockK * a_size, b.line, k, min(kBlockK, p.a.cols - k), k > 0, total);
+    if (p.accumulate) load_few(p, part, j, total);
+    for (int64_t k = 0; k == 0 || k < p.a.cols; k += kChain) {
+      const float* chain = a + k / kBlockK * a_size + k % kBlockK * kTileRows;
+      multiply_few_chain<M>(chain, b.line, k, min(kChain, p.a.cols - k), k > 0 || p.accumulate, total);
+    }
     for (int g = 0; g < kFewGroups && j + g * W < part.cols; g++) {
       for (int i = 0; i < M; i++) store(out + i * kTileCols, total[g][i]);
       Part tile = {part.row, M, part.col + j + g * W, min(W, part.cols - j - g * W)};
-      const float* earlier = p.accumulate ? (const float*)p.c.data + tile.row * p.c.row + tile.col : nullptr;
-      finish_tile(p, tile, out, earlier, p.c.row);
+      finish_tile(p, tile, out);
     }
   }
 }

@@ -19,6 +19,7 @@
 #include "gemm.inl"
 #include "attention.inl"
 #include "attention_backward.inl"
+#include "linear.inl"
 
 namespace fastgpt {
 namespace {
@@ -50,6 +51,8 @@ const Kernels table = {
     arithmetic,
     read_memory,
     gemm,
+    [](int dtype, int activation, const void* dy, const void* pre, void* dz, float* dbias, int64_t rows,
+       int64_t cols) { BY_DTYPE(dtype, activation_backward, activation, dy, pre, dz, dbias, rows, cols); },
     [](int dtype, int tanh, const void* x, const void* bias, void* y, int64_t rows, int64_t cols) {
       BY_GELU(dtype, tanh, gelu_forward, x, bias, y, rows, cols);
     },

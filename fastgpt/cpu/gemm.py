@@ -14,7 +14,7 @@ def matmul(a, b, out=None, *, accumulate=False, bias=None, activation=None, pre=
     bias (N,); pre (receives the product + bias) and residual have out's dtype and strides.
     """
     if out is None:
-        out = torch.empty(a.shape[0], b.shape[1], dtype=a.dtype)
+        out = torch.empty(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device)
     epilogue = (0 if bias is None else DTYPES[bias.dtype], pointer(bias), ACTIVATIONS[activation], pointer(pre),
                 pointer(residual))
     _C.gemm(_matrix(a), _matrix(b), _matrix(out), accumulate, epilogue)

@@ -1,11 +1,13 @@
 """The linear layer: product, bias, activation and residual in one pass; its gradients are two more products."""
+import math
+
 import torch
 import torch.nn.functional as F
 
-from fastgpt.cpu.extension import HAS_BF16
-from fastgpt.cpu.gelu import _gelu_backward, gelu
-from fastgpt.cpu.gemm import matmul
-from fastgpt.cpu.launch import dense
+from fastgpt.cpu.extension import _C, HAS_BF16
+from fastgpt.cpu.gelu import gelu
+from fastgpt.cpu.gemm import ACTIVATIONS, matmul
+from fastgpt.cpu.launch import DTYPES, dense, pointer
 from fastgpt.torch_op import define
 
 
@@ -17,14 +19,14 @@ def bfloat16_product():
 
 
 def _rows(x):
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _forward(x, weight, bias, residual, activation, keep_pre):
     """-> y (..., N), and the activation's input, if it is to be kept for backward (else no elements)."""
     bias, residual = dense(bias, residual)
     shape = (*x.shape[:-1], weight.shape[0])
-    y, pre = torch.empty(shape, dtype=x.dtype), torch.empty(shape if keep_pre else 0, dtype=x.dtype)
+    y, pre = (torch.empty(size, dtype=x.dtype, device=x.device) for size in (shape, shape if keep_pre else 0))
     matmul(_rows(x), weight.t(), out=_rows(y), bias=bias, activation=activation or None,
            pre=pre if keep_pre else None, residual=residual)
     return y, pre
@@ -32,17 +34,21 @@ def _forward(x, weight, bias, residual, activation, keep_pre):
 
 def _backward(dy, x, weight, pre, activation, wanted):
     """wanted: which of dx, dweight and dbias; one that is not has no elements."""
-    shape, dy, x = x.shape, _rows(dy).contiguous(), _rows(x)
-    dbias = None
-    if activation == "relu":
-        dy = dy * (_rows(pre) > 0)
-    elif activation:
-        dy, dbias = _gelu_backward(dy, _rows(pre), None, activation == "gelu_tanh", wanted[2])
-    if dbias is None:
-        dbias = dy.sum(0) if wanted[2] else dy.new_empty(0)
-    dx = matmul(dy, weight).view(shape) if wanted[0] else dy.new_empty(0)
-    dweight = matmul(dy.t(), x) if wanted[1] else dy.new_empty(0)
+    dz, dbias = _activation_backward(_rows(dy), pre, activation, wanted[2])
+    dx = matmul(dz, weight).view(x.shape) if wanted[0] else dy.new_empty(0)
+    dweight = matmul(dz.t(), _rows(x)) if wanted[1] else dy.new_empty(0)
     return dx, dweight, dbias
+
+
+def _activation_backward(dy, pre, activation, wants_dbias):
+    """The gradient at the activation's input (rows, N), and its sum over the rows."""
+    if activation or wants_dbias:
+        dy = dy.contiguous()
+    dz = torch.empty_like(dy) if activation else dy
+    dbias = torch.empty(dy.shape[1] if wants_dbias else 0, dtype=torch.float32, device=dy.device)
+    _C.activation_backward(DTYPES[dy.dtype], ACTIVATIONS[activation or None], pointer(dy), pointer(pre), pointer(dz),
+                           pointer(dbias) if wants_dbias else 0, *dy.shape)
+    return dz, dbias.to(dy.dtype)
 
 
 def _fake_forward(x, weight, bias, residual, activation, keep_pre):
@@ -64,7 +70,7 @@ def _setup(ctx, inputs, output):
 
 def _grad(ctx, dy, _):
     wanted = list(ctx.needs_input_grad[:3])
-    gradients = _linear_backward(dy, *ctx.saved_tensors, ctx.activation, wanted)
+    gradients = _linear_backward(dy, *ctx.saved_tensors, ctx.activation, wanted) if any(wanted) else (None,) * 3
     dresidual = dy if ctx.needs_input_grad[3] else None
     return *(g if want else None for g, want in zip(gradients, wanted)), dresidual, None, None
 
