@@ -16,7 +16,7 @@ struct Matrix {
   int64_t rows, cols, row, col;
 };
 
-// What follows a matrix product: C = activation(product + bias) + residual; pre is product + bias, kept for backward.
+// What follows a matrix product: C = activation(bias + product) + residual; pre is bias + product, kept for backward.
 // bias: (cols); residual and pre: of C's dtype and strides. All may be null.
 struct Epilogue {
   int bias_dtype;
@@ -66,7 +66,7 @@ struct Kernels {
   void (*read_memory)(const float* data, int64_t floats, int64_t repeats, float* sink, int64_t tasks);
 
   // C (M, N) = A (M, K) B (K, N), of any dtypes, summed in float32; C's columns are contiguous. accumulate adds to what
-  // C holds, which must be float32 then.
+  // C holds, which must be float32 then, instead of to a bias.
   void (*gemm)(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, const Epilogue& epilogue);
   // dz = dy activation'(pre), all (rows, cols) of dtype; dbias, float32 (cols) or null, is dz's sum over the rows. With no
   // activation dz is dy: pre and dz may be null.

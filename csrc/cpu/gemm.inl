@@ -1,18 +1,17 @@
 // C = A B for matrices of any strides, and what follows it in a linear layer (Goto & van de Geijn 2008, "Anatomy of
 // high-performance matrix multiplication"): blocks of B and A are packed for the caches, tiles of C stay in registers.
 //
-// The order of every sum is fixed: chains of kChain products in order of k, added in order. It depends on neither the
+// The order of every sum is fixed: the bias, then runs of kBlockK products in order of k. It depends on neither the
 // shape, the tile, the part nor the thread, so a row's result has the same bits in any batch.
 
 namespace fastgpt {
 namespace {
 
-constexpr int64_t kChain = 128;                              // the rounding error grows with the chain
-constexpr int64_t kBlockK = (W == 16 ? 2 : 3) * kChain;      // a panel of B, 24 or 32 KB, in L1
-constexpr int64_t kBlockRows = 144 / kTileRows * kTileRows;  // a block of A, 144 or 216 KB, in L2
-constexpr int64_t kBlockCols = 1024 / kTileCols * kTileCols;  // a block of B, 1 or 1.5 MB, in L3
+constexpr int64_t kBlockK = 256;                            // a panel of B, 16 or 32 KB, in L1; the chain of additions
+constexpr int64_t kBlockRows = 192 / kTileRows * kTileRows;  // a block of A, up to 192 KB, in L2
+constexpr int64_t kBlockCols = 1024 / kTileCols * kTileCols;  // a block of B, 1 MB, in L3
 constexpr int64_t kKeptRows = 32;                            // up to here A is packed once, for all of K
-constexpr int64_t kKeptCols = 4 * kTileCols;                 // and beside it the block of B, 96 or 128 KB, stays in L2
+constexpr int64_t kKeptCols = 4 * kTileCols;                 // and beside it the block of B, 64 or 128 KB, stays in L2
 
 struct Product {
   Matrix a, b, c;
@@ -25,9 +24,16 @@ struct Part {
   int64_t row, rows, col, cols;
 };
 
-// out (M, kTileCols) = or += one chain of a panel of A times a panel of B.
+// Where a sum starts: nothing (null), the bias (row 0), or the sum over the blocks of K before.
+struct Start {
+  const float* data;
+  int64_t row;
+  Start from(int64_t i, int64_t j) const { return {data ? data + i * row + j : nullptr, row}; }
+};
+
+// out (M, kTileCols) = start + a panel of A times a panel of B.
 template <int M>
-INLINE void multiply_chain(const float* a, const float* b, int64_t K, float* out, int64_t out_row, bool add) {
+void multiply_panels(const float* a, const float* b, int64_t K, Start start, float* out, int64_t out_row) {
   Vec sums[M][kTileVecs];
   UNROLL for (int i = 0; i < M; i++) {
     UNROLL for (int j = 0; j < kTileVecs; j++) sums[i][j] = Vec{};
@@ -37,21 +43,13 @@ INLINE void multiply_chain(const float* a, const float* b, int64_t K, float* out
   multiply_tile(sums, a, 1, kTileRows, b, kTileCols, K);
   UNROLL for (int i = 0; i < M; i++) {
     UNROLL for (int j = 0; j < kTileVecs; j++) {
-      float* p = out + i * out_row + j * W;
-      store(p, add ? load(p) + sums[i][j] : sums[i][j]);
+      Vec sum = start.data ? load(start.data + i * start.row + j * W) + sums[i][j] : sums[i][j];
+      store(out + i * out_row + j * W, sum);
     }
   }
 }
 
-// out (M, kTileCols) = or += a panel of A times a panel of B.
-template <int M>
-void multiply_panels(const float* a, const float* b, int64_t K, float* out, int64_t out_row, bool add) {
-  multiply_chain<M>(a, b, min(K, kChain), out, out_row, add);
-  for (int64_t k = kChain; k < K; k += kChain)
-    multiply_chain<M>(a + k * kTileRows, b + k * kTileCols, min(K - k, kChain), out, out_row, true);
-}
-
-typedef void (*PanelKernel)(const float*, const float*, int64_t, float*, int64_t, bool);
+typedef void (*PanelKernel)(const float*, const float*, int64_t, Start, float*, int64_t);
 template <int M = kTileRows>
 INLINE PanelKernel panel_kernel(int64_t rows) {
   if constexpr (M > 1)
@@ -73,14 +71,13 @@ INLINE Vec activate(Vec z, int activation) {
   return activation == kRelu ? (z < 0.0f ? Vec{} : z) : z;  // a NaN stays
 }
 
-// C = activation(sums + bias) + residual for one tile.
+// C = activation(sums) + residual for one tile.
 void finish_tile(const Product& p, Part tile, const float* sums) {
   const Epilogue& e = p.epilogue;
   for (int64_t i = 0; i < tile.rows; i++) {
     int64_t at = (tile.row + i) * p.c.row + tile.col;
     for_columns(tile.cols, [&](int64_t j, int lanes) {
       Vec z = load(sums + i * kTileCols + j);
-      if (e.bias) z = z + load_any(e.bias_dtype, e.bias, tile.col + j, lanes);
       if (e.pre) store_any(p.c.dtype, e.pre, at + j, z, lanes);
       z = activate(z, e.activation);
       if (e.residual) z = z + load_any(p.c.dtype, e.residual, at + j, lanes);
@@ -89,12 +86,32 @@ void finish_tile(const Product& p, Part tile, const float* sums) {
   }
 }
 
-// Copies a tile, rows of which lie from_row and to_row apart.
-void copy_tile(Part tile, const float* from, int64_t from_row, float* to, int64_t to_row) {
+// A tile's rows lie far apart: none of their lines would come by itself while the product is made.
+INLINE void prefetch_residual(const Product& p, Part tile) {
+  const char* residual = (const char*)p.epilogue.residual;
+  int64_t size = p.c.dtype == kFloat32 ? sizeof(float) : sizeof(bf16);
+  for (int64_t i = 0; i < tile.rows; i++) {
+    const char* row = residual + ((tile.row + i) * p.c.row + tile.col) * size;
+    __builtin_prefetch(row);
+    __builtin_prefetch(row + (tile.cols - 1) * size);
+  }
+}
+
+// Copies a tile whose rows lie kTileCols apart here, out_row there.
+void store_tile(Part tile, const float* sums, float* out, int64_t out_row) {
   for (int64_t i = 0; i < tile.rows; i++)
     for_columns(tile.cols, [&](int64_t j, int lanes) {
-      store_lanes(to + i * to_row + j, load_lanes(from + i * from_row + j, lanes), lanes);
+      store_lanes(out + i * out_row + j, load(sums + i * kTileCols + j), lanes);
     });
+}
+// A start that can be read in whole vectors: a copy of the tile's columns.
+Start load_start(Part tile, Start start, float* copy) {
+  if (!start.data) return start;
+  for (int64_t i = 0; i < tile.rows; i++)
+    for_columns(tile.cols, [&](int64_t j, int lanes) {
+      store(copy + i * kTileCols + j, load_lanes(start.data + i * start.row + j, lanes));
+    });
+  return {copy, kTileCols};
 }
 
 // The partial sums of a part between blocks of K: C itself where it is float32.
@@ -109,12 +126,12 @@ struct Step {
   bool first, last;
 };
 
-// A packed block of A times a packed block of B.
-void multiply_block(const Product& p, Part block, Step step, const float* a, const float* b, Partial partial) {
+// A packed block of A times a packed block of B. start: of the first block of K, from the block's first column on.
+void multiply_block(const Product& p, Part block, Step step, const float* a, const float* b, Start start,
+                    Partial partial) {
   alignas(64) float sums[kTileRows * kTileCols];
   const Epilogue& e = p.epilogue;
-  bool plain = p.c.dtype == kFloat32 && !e.bias && !e.residual && !e.pre && e.activation == kNoActivation;
-  bool add = !step.first || p.accumulate;
+  bool store_now = !step.last || (p.c.dtype == kFloat32 && !e.residual && !e.pre && e.activation == kNoActivation);
   for (int64_t j = 0; j < block.cols; j += kTileCols)
     for (int64_t i = 0; i < block.rows; i += kTileRows) {
       Part tile = {block.row + i, min(kTileRows, block.rows - i), block.col + j, min(kTileCols, block.cols - j)};
@@ -122,15 +139,16 @@ void multiply_block(const Product& p, Part block, Step step, const float* a, con
       const float* b_panel = b + j / kTileCols * panel_size<kTileCols>(step.K);
       float* out = partial.at(tile.row, tile.col);
       PanelKernel multiply = panel_kernel(tile.rows);
-      bool store_now = !step.last || plain;
-      if (store_now && tile.cols == kTileCols) {
-        multiply(a_panel, b_panel, step.K, out, partial.stride, add);
+      Start from = step.first ? start.from(i, j) : Start{out, partial.stride};
+      bool whole = tile.cols == kTileCols;
+      if (step.last && e.residual) prefetch_residual(p, tile);
+      if (store_now && whole) {
+        multiply(a_panel, b_panel, step.K, from, out, partial.stride);
         continue;
       }
-      if (add) copy_tile(tile, out, partial.stride, sums, kTileCols);
-      multiply(a_panel, b_panel, step.K, sums, kTileCols, add);
+      multiply(a_panel, b_panel, step.K, whole ? from : load_start(tile, from, sums), sums, kTileCols);
       if (store_now)
-        copy_tile(tile, sums, kTileCols, out, partial.stride);
+        store_tile(tile, sums, out, partial.stride);
       else
         finish_tile(p, tile, sums);
     }
@@ -155,9 +173,9 @@ INLINE void multiply_few_steps(const float* a, const T* const* line, int64_t k, 
   asm volatile("" ::: "memory");
 }
 
-// total = or += a chain for kFewCols columns; a is a panel of A.
+// total = or += a block of K for kFewCols columns; a is a panel of A.
 template <int M, class T>
-NOINLINE void multiply_few_chain(const float* a, const T* const* line, int64_t k, int64_t K, bool add,
+NOINLINE void multiply_few_block(const float* a, const T* const* line, int64_t k, int64_t K, bool add,
                                  Vec (&total)[kFewGroups][M]) {
   Vec sums[kFewGroups][M];
   UNROLL for (int g = 0; g < kFewGroups; g++) UNROLL for (int i = 0; i < M; i++) sums[g][i] = Vec{};
@@ -175,46 +193,41 @@ NOINLINE void multiply_few_chain(const float* a, const T* const* line, int64_t k
     UNROLL for (int i = 0; i < M; i++) total[g][i] = add ? total[g][i] + sums[g][i] : sums[g][i];
 }
 
-// total = what C holds there
 template <int M>
-void load_few(const Product& p, Part part, int64_t j, Vec (&total)[kFewGroups][M]) {
-  const float* c = (const float*)p.c.data + part.row * p.c.row + part.col;
-  for (int g = 0; g < kFewGroups && j + g * W < part.cols; g++)
-    for (int i = 0; i < M; i++)
-      total[g][i] = load_lanes(c + i * p.c.row + j + g * W, (int)min(W, part.cols - j - g * W));
+INLINE void load_few(Start start, int64_t cols, Vec (&total)[kFewGroups][M]) {
+  for (int g = 0; g < kFewGroups && g * W < cols; g++)
+    for (int i = 0; i < M; i++) total[g][i] = load_lanes(start.data + i * start.row + g * W, (int)min(W, cols - g * W));
 }
 
 template <int M, class T>
-void multiply_few(const Product& p, Part part, const float* a, int64_t a_size) {
+void multiply_few(const Product& p, Part part, const float* a, int64_t a_size, Start start) {
   alignas(64) float out[kTileRows * kTileCols];
   for (int64_t j = 0; j < part.cols; j += kFewCols) {
     Lines<kFewCols, T> b((const T*)p.b.data + (part.col + j) * p.b.col, p.b.col, part.cols - j);
     Vec total[kFewGroups][M];
-    if (p.accumulate) load_few(p, part, j, total);
-    for (int64_t k = 0; k == 0 || k < p.a.cols; k += kChain) {
-      const float* chain = a + k / kBlockK * a_size + k % kBlockK * kTileRows;
-      multiply_few_chain<M>(chain, b.line, k, min(kChain, p.a.cols - k), k > 0 || p.accumulate, total);
-    }
+    if (start.data) load_few(start.from(0, j), part.cols - j, total);
+    for (int64_t k = 0; k == 0 || k < p.a.cols; k += kBlockK)
+      multiply_few_block<M>(a + k / kBlockK * a_size, b.line, k, min(kBlockK, p.a.cols - k), k > 0 || start.data, total);
     for (int g = 0; g < kFewGroups && j + g * W < part.cols; g++) {
       for (int i = 0; i < M; i++) store(out + i * kTileCols, total[g][i]);
-      Part tile = {part.row, M, part.col + j + g * W, min(W, part.cols - j - g * W)};
-      finish_tile(p, tile, out);
+      finish_tile(p, {part.row, M, part.col + j + g * W, min(W, part.cols - j - g * W)}, out);
     }
   }
 }
 
 template <class T>
-INLINE void multiply_few_rows(const Product& p, Part part, const float* a, int64_t a_size) {
-  if (part.rows == 1) multiply_few<1, T>(p, part, a, a_size);
-  if (part.rows == 2) multiply_few<2, T>(p, part, a, a_size);
-  if (part.rows == 3) multiply_few<3, T>(p, part, a, a_size);
+INLINE void multiply_few_rows(const Product& p, Part part, const float* a, int64_t a_size, Start start) {
+  if (part.rows == 1) multiply_few<1, T>(p, part, a, a_size, start);
+  if (part.rows == 2) multiply_few<2, T>(p, part, a, a_size, start);
+  if (part.rows == 3) multiply_few<3, T>(p, part, a, a_size, start);
 }
 
-// The buffers of one thread for one part, all in its scratch: packed A, packed B, partial sums where C can't hold them.
+// The buffers of one thread for one part, all in its scratch: packed A, packed B, partial sums where C can't hold them,
+// the bias where it is not float32.
 struct Workspace {
   bool keeps_a;
   int64_t block_cols, a_size;  // a_size: floats for one block of A
-  float *a, *b, *partial;
+  float *a, *b, *partial, *bias;
 };
 
 Workspace workspace(const Product& p, Part part) {
@@ -226,22 +239,35 @@ Workspace workspace(const Product& p, Part part) {
   int64_t a_floats = w.a_size * (w.keeps_a ? blocks : 1);
   int64_t b_floats = ceil_div(w.block_cols, kTileCols) * panel_size<kTileCols>(block_k);
   int64_t partial_floats = p.c.dtype != kFloat32 && blocks > 1 ? part.rows * w.block_cols : 0;
-  w.a = (float*)scratch(kGemmScratch, sizeof(float) * (a_floats + b_floats + partial_floats));
+  int64_t bias_floats = p.epilogue.bias && p.epilogue.bias_dtype != kFloat32 ? part.cols : 0;
+  w.a = (float*)scratch(kGemmScratch, sizeof(float) * (a_floats + b_floats + partial_floats + bias_floats));
   w.b = w.a + a_floats;
   w.partial = partial_floats ? w.b + b_floats : nullptr;
+  w.bias = bias_floats ? w.b + b_floats + partial_floats : nullptr;
   return w;
+}
+
+Start start_of(const Product& p, Part part, const Workspace& w) {
+  const Epilogue& e = p.epilogue;
+  if (p.accumulate) return {(const float*)p.c.data + part.row * p.c.row + part.col, p.c.row};
+  if (!w.bias) return {e.bias ? (const float*)e.bias + part.col : nullptr, 0};
+  for_columns(part.cols, [&](int64_t j, int lanes) {
+    store_lanes(w.bias + j, load_any(e.bias_dtype, e.bias, part.col + j, lanes), lanes);
+  });
+  return {w.bias, 0};
 }
 
 // One thread's part of C.
 void multiply_part(const Product& p, Part part) {
   int64_t K = p.a.cols;
   Workspace w = workspace(p, part);
+  Start start = start_of(p, part, w);
   if (w.keeps_a)
     for (int64_t k = 0; k < K; k += kBlockK)
       pack_rows(p.a, part.row, part.row + part.rows, k, min(kBlockK, K - k), w.a + k / kBlockK * w.a_size);
   if (part.rows <= kFewRows && p.b.row == 1)
-    return p.b.dtype == kFloat32 ? multiply_few_rows<float>(p, part, w.a, w.a_size)
-                                 : multiply_few_rows<bf16>(p, part, w.a, w.a_size);
+    return p.b.dtype == kFloat32 ? multiply_few_rows<float>(p, part, w.a, w.a_size, start)
+                                 : multiply_few_rows<bf16>(p, part, w.a, w.a_size, start);
   for (int64_t j = 0; j < part.cols; j += w.block_cols) {
     int64_t col = part.col + j, cols = min(w.block_cols, part.cols - j);
     Partial partial = {(float*)p.c.data, p.c.row, 0, 0};
@@ -253,7 +279,7 @@ void multiply_part(const Product& p, Part part) {
         int64_t row = part.row + i, rows = min(kBlockRows, part.rows - i);
         if (!w.keeps_a) pack_rows(p.a, row, row + rows, k, step.K, w.a);
         const float* a = w.keeps_a ? w.a + k / kBlockK * w.a_size : w.a;
-        multiply_block(p, {row, rows, col, cols}, step, a, w.b, partial);
+        multiply_block(p, {row, rows, col, cols}, step, a, w.b, start.from(i, j), partial);
       }
     }
   }
