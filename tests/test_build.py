@@ -115,7 +115,7 @@ def test_a_pure_python_package(checkout, tmp_path):
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import fastgpt.cpu.extension as e; "
             "assert e.__file__.startswith(sys.argv[1]); print(e.MISSING)")
     result = run_python(code, str(tmp_path / "site"), PYTHONPATH="")
-    assert "built with FASTGPT_BUILD=none; reinstall fastgpt with FASTGPT_BUILD=auto" in result.stdout, result.stderr
+    assert "built with FASTGPT_BUILD=none; reinstall fastgpt, with FASTGPT_BUILD=auto" in result.stdout, result.stderr
 
 
 def test_the_source_package_has_everything(checkout, tmp_path):

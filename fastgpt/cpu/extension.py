@@ -8,8 +8,12 @@ try:
     MISSING = None
 except ImportError as error:
     _C = None
-    MISSING = (f"the extension fastgpt._C can't be imported ({error}): it was not built, or built with "
-               "FASTGPT_BUILD=none; reinstall fastgpt with FASTGPT_BUILD=auto")
+    # A checkout shadows an installed fastgpt wherever Python starts in it.
+    source = Path(__file__).parents[2]
+    cure = f"pip install -e {source}" if (source / "setup.py").exists() else "reinstall fastgpt"
+    MISSING = (f"the extension fastgpt._C can't be imported ({error}): it was not built here, or built with "
+               f"FASTGPT_BUILD=none; {cure}, with FASTGPT_BUILD=auto")
+    del source, cure
 
 LEVELS = ("baseline", "avx2", "avx512")
 # Constants, which a compiler that traces a caller can read.
