@@ -112,7 +112,9 @@ def test_a_pure_python_package(checkout, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert "fastgpt/ops.py" in names and not [n for n in names if n.endswith((".so", ".cpp"))]
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); import fastgpt.cpu.extension as e; "
+    # An editable install finds the checkout's fastgpt._C for whichever fastgpt is imported.
+    code = ("import sys; sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in f.__module__]; "
+            "sys.path.insert(0, sys.argv[1]); import fastgpt.cpu.extension as e; "
             "assert e.__file__.startswith(sys.argv[1]); print(e.MISSING)")
     result = run_python(code, str(tmp_path / "site"), PYTHONPATH="")
     assert "built with FASTGPT_BUILD=none; reinstall fastgpt, with FASTGPT_BUILD=auto" in result.stdout, result.stderr
