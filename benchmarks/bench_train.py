@@ -61,7 +61,7 @@ def children(settings, dtype, threads):
     command = [sys.executable, "-m", "benchmarks.training"]
     started = [name for name in settings["variants"] if name.startswith(OURS) or not slow]
     processes = [Process(name, [*command, name, dtype, settings["model"], *numbers], limit=settings["cap"],
-                         env={"OMP_NUM_THREADS": str(threads)}) for name in started]
+                         env={"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}) for name in started]
     return processes, {name: reason for name in settings["variants"] if name not in started}
 
 

@@ -1,5 +1,7 @@
 """fastgpt: a GPT engine with kernels of its own."""
 import importlib
+import os
+import sys
 
 # The public names and where they live. Each is imported at its first use, so that `import fastgpt` costs nothing.
 _EXPORTS = {
@@ -13,6 +15,12 @@ _EXPORTS = {
 _MODULES = ("ops", "reference")
 __all__ = ["GPT", "GPTConfig", "SamplingParams", "Tokenizer", "get_num_threads", "ops", "reference",
            "set_num_threads"]
+
+# torch's OpenMP threads spin for milliseconds after each of its ops, on the cores that our kernels want next; asleep, they
+# are there within microseconds. libgomp reads this once, when torch loads.
+if "torch" not in sys.modules:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+_TORCH_THREADS_SLEEP = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
 
 
 def __getattr__(name):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+import fastgpt
 from fastgpt import ops
 from fastgpt.cpu import extension
 
@@ -60,8 +61,10 @@ def _cpu_model():
 
 
 def _threads():
+    between = ("asleep between them" if fastgpt._TORCH_THREADS_SLEEP else
+               "spinning between them where ours could run: import fastgpt before torch, or set OMP_WAIT_POLICY=passive")
     return [_row("threads", f"{extension.get_num_threads()}: {extension.THREADS_REASON}"),
-            _row("", f"PyTorch's own ops: {torch.get_num_threads()}")]
+            _row("", f"PyTorch's own ops: {torch.get_num_threads()}, {between}")]
 
 
 def _build():

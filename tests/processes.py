@@ -11,7 +11,8 @@ PACKAGE_FOLDER = str(Path(fastgpt.__file__).parents[1])
 
 
 def run_python(code, *args, timeout=300, **env):
-    """Runs `code`; `env` adds environment variables. Returns the finished process with stdout and stderr as text."""
+    """Runs `code`; `env` adds environment variables, or removes those that are None -> the finished process, with text."""
     path = os.pathsep.join(filter(None, (PACKAGE_FOLDER, os.environ.get("PYTHONPATH"))))
+    env = {name: value for name, value in {**os.environ, "PYTHONPATH": path, **env}.items() if value is not None}
     return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False,
-                          cwd=tempfile.gettempdir(), timeout=timeout, env={**os.environ, "PYTHONPATH": path, **env})
+                          cwd=tempfile.gettempdir(), timeout=timeout, env=env)

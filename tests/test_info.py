@@ -52,6 +52,13 @@ def test_the_environment_is_shown_and_nothing_heavy_imported():
     assert "FASTGPT_BACKEND=reference, FASTGPT_CPU_ISA=(not set), FASTGPT_BUILD=cpu" in result.stdout, result.stderr
 
 
+def test_torchs_threads_sleep_unless_torch_was_there_first_or_the_user_chose():
+    assert "asleep" in run_python(PRINT, OMP_WAIT_POLICY=None).stdout
+    assert "spinning" in run_python("import torch\n" + PRINT, OMP_WAIT_POLICY=None).stdout
+    assert "asleep" in run_python("import torch\n" + PRINT, OMP_WAIT_POLICY="PASSIVE").stdout
+    assert "spinning" in run_python(PRINT, OMP_WAIT_POLICY="active").stdout
+
+
 def test_without_the_extension_the_report_says_so():
     result = run_python(f"import sys; sys.modules['fastgpt._C'] = None\n{PRINT}")
     assert "the extension fastgpt._C can't be imported" in row(result.stdout, "build"), result.stderr
