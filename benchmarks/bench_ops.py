@@ -17,6 +17,7 @@ from benchmarks.neighbours import QUICK_PATIENCE, Neighbours
 from benchmarks.threads import thread_counts, use_threads
 from benchmarks.timing import Variant, compare
 from fastgpt import ops
+from fastgpt.cpu.allocator import keep_freed_memory
 
 OURS, PYTORCH = "fastgpt", "pytorch"
 COLUMNS = "{:14} {:18} {:25} {:8} {:>3} {:>9} {:>9} {:>19} {:>8} {:>6} {:>27}  {}"
@@ -194,6 +195,7 @@ def main(argv=None):
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     settings = vars(parser.parse_args(argv))
     save = settings.pop("save")
+    keep_freed_memory()  # for PyTorch's results and ours alike, as in `fastgpt train`
     print(one_line(describe()))
     tops, rows = run(settings)
     results.finish(results.document("ops", settings, tops, rows), save)

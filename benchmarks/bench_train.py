@@ -19,6 +19,8 @@ from benchmarks.threads import thread_counts, use_threads
 from benchmarks.timing import compare, spread
 from benchmarks.training import KINDS, LOSS_TOLERANCE, MODELS
 
+# Of every process, as `fastgpt train` sets them up: PyTorch's threads asleep between its ops, freed memory kept.
+SURROUNDINGS = {"OMP_WAIT_POLICY": "passive", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2 ** 40)}
 OURS, BASELINE, COMPILED = "fastgpt", "nanogpt", "nanogpt+compile"
 VARIANTS = (OURS, BASELINE, COMPILED, "transformers")
 # dtype -> rival -> how many times as fast ours should be; and the share of the baseline's peak memory that it may take.
@@ -61,7 +63,7 @@ def children(settings, dtype, threads):
     command = [sys.executable, "-m", "benchmarks.training"]
     started = [name for name in settings["variants"] if name.startswith(OURS) or not slow]
     processes = [Process(name, [*command, name, dtype, settings["model"], *numbers], limit=settings["cap"],
-                         env={"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}) for name in started]
+                         env={"OMP_NUM_THREADS": str(threads), **SURROUNDINGS}) for name in started]
     return processes, {name: reason for name in settings["variants"] if name not in started}
 
 

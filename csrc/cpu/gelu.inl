@@ -116,7 +116,7 @@ struct Tanh {
   static INLINE Vec grad(Vec x) { return gelu_tanh_grad(x); }
 };
 
-constexpr int64_t kGeluCols = 8192, kGeluRows = 4;  // a task's columns at most; the rows that share a look at the bias
+constexpr int64_t kGeluCols = 2048;  // a task's columns at most: their biases and sums stay in L1
 
 // f(first row, rows, first column, columns) for blocks of at most `height` rows, in parallel.
 template <class F>
@@ -128,20 +128,28 @@ INLINE void for_blocks(int64_t rows, int64_t cols, int64_t height, F f) {
   });
 }
 
+// f(element, column, lanes) for the elements of a block, by rows: an array and the next may lie a multiple of 4 KB apart,
+// so that columns of several rows would compete for a set of L1.
+template <class F>
+INLINE void for_elements(int64_t rows, int64_t stride, int64_t cols, F f) {
+  for (int64_t i = 0; i < rows; i++) for_columns(cols, [&](int64_t j, int lanes) { f(i * stride + j, j, lanes); });
+}
+
 // y = gelu(x + bias)
 template <class T, class Form>
 void gelu_forward(const void* x, const void* bias, void* y, int64_t rows, int64_t cols) {
-  int64_t height = max(1, 2 * kGeluCols / max(1, cols));
+  int64_t height = max(1, 8 * kGeluCols / max(1, cols));
   for_blocks(rows, cols, height, [=](int64_t i, int64_t count, int64_t j0, int64_t width) {
-    const T* b = bias ? (const T*)bias + j0 : nullptr;
-    for (int64_t end = i + count; i < end; i++) {
-      const T* in = (const T*)x + i * cols + j0;
-      T* out = (T*)y + i * cols + j0;
-      for_columns(width, [&](int64_t j, int lanes) {
-        Vec a = load_lanes(in + j, lanes);
-        store_lanes(out + j, Form::value(b ? a + load_lanes(b + j, lanes) : a), lanes);
+    const T *in = (const T*)x + i * cols + j0, *b = (const T*)bias + j0;
+    T* out = (T*)y + i * cols + j0;
+    if (bias)
+      for_elements(count, cols, width, [&](int64_t at, int64_t j, int lanes) {
+        store_lanes(out + at, Form::value(load_lanes(in + at, lanes) + load_lanes(b + j, lanes)), lanes);
       });
-    }
+    else
+      for_elements(count, cols, width, [&](int64_t at, int64_t, int lanes) {
+        store_lanes(out + at, Form::value(load_lanes(in + at, lanes)), lanes);
+      });
   });
 }
 
@@ -149,17 +157,19 @@ void gelu_forward(const void* x, const void* bias, void* y, int64_t rows, int64_
 template <class T, class Form>
 void gelu_backward_block(const T* dy, const T* x, const T* bias, T* dx, float* sums, int64_t rows, int64_t stride,
                          int64_t cols) {
-  if (sums) memset(sums, 0, sizeof(float) * cols);
-  for (int64_t i0 = 0; i0 < rows; i0 += kGeluRows)
-    for_columns(cols, [&](int64_t j, int lanes) {
-      Vec b = bias ? load_lanes(bias + j, lanes) : Vec{}, sum = {};
-      for (int64_t at = i0 * stride + j, end = min(rows, i0 + kGeluRows) * stride; at < end; at += stride) {
-        Vec d = load_lanes(dy + at, lanes) * Form::grad(load_lanes(x + at, lanes) + b);
-        store_lanes(dx + at, d, lanes);
-        sum = sum + d;
-      }
-      if (sums) store_lanes(sums + j, load_lanes(sums + j, lanes) + sum, lanes);
+  if (!bias && !sums)
+    return for_elements(rows, stride, cols, [&](int64_t at, int64_t, int lanes) {
+      store_lanes(dx + at, load_lanes(dy + at, lanes) * Form::grad(load_lanes(x + at, lanes)), lanes);
     });
+  float none[kGeluCols];
+  if (!sums) sums = none;
+  memset(sums, 0, sizeof(float) * cols);
+  for_elements(rows, stride, cols, [&](int64_t at, int64_t j, int lanes) {
+    Vec a = load_lanes(x + at, lanes);
+    Vec d = load_lanes(dy + at, lanes) * Form::grad(bias ? a + load_lanes(bias + j, lanes) : a);
+    store_lanes(dx + at, d, lanes);
+    store_lanes(sums + j, load_lanes(sums + j, lanes) + d, lanes);
+  });
 }
 
 template <class T, class Form>
@@ -167,7 +177,7 @@ void gelu_backward(const void* dy, const void* x, const void* bias, void* dx, fl
                    int64_t cols) {
   Partials partials = partials_of(rows);
   float* sums = dbias ? (float*)scratch(kKernelScratch, sizeof(float) * partials.count * cols) : nullptr;
-  int64_t height = dbias ? partials.rows : max(1, 2 * kGeluCols / max(1, cols));
+  int64_t height = dbias ? partials.rows : max(1, 8 * kGeluCols / max(1, cols));
   for_blocks(rows, cols, height, [=](int64_t i, int64_t count, int64_t j, int64_t width) {
     int64_t at = i * cols + j;
     gelu_backward_block<T, Form>((const T*)dy + at, (const T*)x + at, bias ? (const T*)bias + j : nullptr, (T*)dx + at,

@@ -7,14 +7,16 @@ struct Relu {
   static INLINE Vec grad(Vec x) { return x > 0.0f ? splat(1.0f) : Vec{}; }
 };
 
+constexpr int64_t kSumRows = 4;  // that share a look at their sums
+
 // sums (cols) = the sum of these rows of dy
 template <class T>
 void sum_rows(const T* dy, float* sums, int64_t rows, int64_t stride, int64_t cols) {
   memset(sums, 0, sizeof(float) * cols);
-  for (int64_t i0 = 0; i0 < rows; i0 += kGeluRows)
+  for (int64_t i0 = 0; i0 < rows; i0 += kSumRows)
     for_columns(cols, [&](int64_t j, int lanes) {
       Vec sum = {};
-      for (int64_t i = i0; i < min(rows, i0 + kGeluRows); i++) sum = sum + load_lanes(dy + i * stride + j, lanes);
+      for (int64_t i = i0; i < min(rows, i0 + kSumRows); i++) sum = sum + load_lanes(dy + i * stride + j, lanes);
       store_lanes(sums + j, load_lanes(sums + j, lanes) + sum, lanes);
     });
 }

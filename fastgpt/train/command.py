@@ -6,6 +6,7 @@ import math
 import shutil
 from pathlib import Path
 
+from fastgpt.cpu.allocator import keep_freed_memory
 from fastgpt.train.config import TrainConfig
 
 # layers, heads, width, context
@@ -61,6 +62,7 @@ def train(args):
         print(f"nothing to do: {out} is at step {trainer.step} of {trainer.config.steps}; --steps N trains further")
         return 0
     _describe(trainer)
+    keep_freed_memory()
     result = trainer.run()
     _conclude(trainer, result)
     return 130 if result.why == "interrupted" else 0
