@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastgpt.cpu.extension import HAS_BF16
 from fastgpt.evaluate import perplexity, plan_windows, score
 from fastgpt.train.average import Average
 from fastgpt.train.config import TrainConfig
@@ -237,7 +238,7 @@ def choose_dtype(name, device_type):
     if device_type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = device_type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        native = device_type == "cpu" and HAS_BF16
     if native:
         return torch.bfloat16, f"this {device_type} multiplies bfloat16"
     return torch.float32, f"this {device_type} has no bfloat16 arithmetic"
