@@ -17,7 +17,7 @@ from benchmarks.neighbours import QUICK_PATIENCE, Neighbours
 from benchmarks.threads import thread_counts, use_threads
 from benchmarks.timing import Variant, compare
 from fastgpt import ops
-from fastgpt.cpu.allocator import keep_freed_memory
+from fastgpt.allocator import keep_freed_memory
 
 OURS, PYTORCH = "fastgpt", "pytorch"
 COLUMNS = "{:14} {:18} {:25} {:8} {:>3} {:>9} {:>9} {:>19} {:>8} {:>6} {:>27}  {}"

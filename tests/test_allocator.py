@@ -6,7 +6,7 @@ from processes import run_python
 
 FAULTS = """
 import resource, sys, torch
-from fastgpt.cpu.allocator import keep_freed_memory
+from fastgpt.allocator import keep_freed_memory
 if sys.argv[1:]:
     keep_freed_memory()
 def faults():

@@ -6,7 +6,7 @@ import math
 import shutil
 from pathlib import Path
 
-from fastgpt.cpu.allocator import keep_freed_memory
+from fastgpt.allocator import keep_freed_memory
 from fastgpt.train.config import TrainConfig
 
 # layers, heads, width, context
