@@ -3,7 +3,8 @@
 Files are not trusted. Tensors come from safetensors or `torch.load(weights_only=True)`; the config is checked on its
 own, then every name, shape and dtype against it, before a parameter is allocated. Errors are ValueErrors that name
 the file and the tensor. Loading holds the parameters once plus one tensor. Saving writes beside the old file and
-renames, so that a full disk or a kill leaves the old checkpoint.
+renames, so that a full disk leaves the old checkpoint. (A kill between the renames of the config and the weights leaves
+one of each: a training run, which replaces whole folders, is safe from that too.)
 """
 import contextlib
 import dataclasses
@@ -164,8 +165,9 @@ def _override(config, override):
 def _read_config(file):
     if not file.is_file():
         raise FileNotFoundError(f"{file.parent} holds neither {CONFIG} nor {NANOGPT}")
+    values = _read_json(file)
     try:
-        return GPTConfig.from_hf(_read_json(file))
+        return GPTConfig.from_hf(values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
 

@@ -16,6 +16,8 @@ class Parser(argparse.ArgumentParser):
 def main(argv=None):
     """Runs a command line; the exit status: 0, 2 after an error, 130 after Ctrl-C."""
     args = make_parser().parse_args(argv)
+    if sys.stdout is None:  # closed by whoever started us
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 it stays open as long as we run
     try:
         status = args.run(args)
         sys.stdout.flush()
@@ -65,8 +67,8 @@ def _add_eval(parser):
 def _add_generate(parser):
     parser.description = "Continues a prompt. The text goes to standard output as it comes, all else to standard error."
     add = parser.add_argument
-    add("prompt", nargs="?", default="\n", metavar="PROMPT", help="what to continue; - reads it from standard input "
-        "(default: a line break)")
+    add("prompt", nargs="?", default="\n", metavar="PROMPT", help="what to continue; - reads it from standard input, and "
+        "-- goes before one that begins with a dash (default: a line break)")
     _add_model(parser)
     add("--max-tokens", type=int, default=200, metavar="N", help="new tokens at most (default: 200)")
     add("--temperature", type=float, default=0.8, metavar="X", help="below 1 likelier, above 1 wilder (default: 0.8)")
@@ -133,6 +135,8 @@ def _load(args):
 
 
 def _standard_input():
+    if sys.stdin is None:
+        raise OSError("standard input is closed")
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:

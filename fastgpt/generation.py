@@ -74,8 +74,8 @@ class _Row:
         self.stop, self.decode = params.stop, None if tokenizer is None else tokenizer.decode
         self.end_ids = set(params.stop_token_ids)
         if tokenizer is not None and not params.ignore_eos:
-            self.end_ids.add(_eos_id(tokenizer))
-        # A token adds at least a byte, so a stop string that has just become whole lies within this many tokens.
+            self.end_ids.add(getattr(tokenizer, "eos_token_id", None))
+        # A stop string that has just become whole lies within so many last bytes.
         self.tail = max((len(text.encode()) for text in self.stop), default=0) + 1
 
     def push(self, token):
@@ -83,8 +83,14 @@ class _Row:
         self.ended = token in self.end_ids or bool(self.stop) and self._holds_stop()
 
     def _holds_stop(self):
-        text = self.decode(self.ids[max(self.prompt_length, len(self.ids) - self.tail):])
-        return any(stop in text for stop in self.stop)
+        new, width = len(self.ids) - self.prompt_length, self.tail
+        while True:
+            text = self.decode(self.ids[len(self.ids) - min(new, width):])
+            if any(stop in text for stop in self.stop):
+                return True
+            if width >= new or len(text.encode()) >= self.tail:
+                return False
+            width *= 2  # some tokens added no text
 
 
 class _Sampler:
@@ -107,7 +113,8 @@ class _Sampler:
     def _prompt_tokens(self, logits):
         seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
         for row, tokens, pad in zip(seen, self.tokens, self.pads, strict=True):
-            row[tokens[pad:]] = True
+            own = tokens[pad:]
+            row[own[own < len(row)]] = True
         return seen
 
     def _uniforms(self, S, device):
@@ -127,12 +134,12 @@ def generate(model, idx, params, *, tokenizer=None, streamer=None):
     seeds = _check_seeds(params.seed, len(prompts))
     rows = [_Row(prompt, params, tokenizer) for prompt in prompts for _ in range(params.n)]
     if rows and params.max_tokens:
-        _run(model, prompts, rows, params, seeds, streamer)
+        _run(model, prompts, rows, params, seeds, streamer, _known_ids(tokenizer))
     return _as_tensor(rows, idx) if isinstance(idx, torch.Tensor) else [row.ids for row in rows]
 
 
-def _run(model, prompts, rows, params, seeds, streamer):
-    """Lets every row grow until it has ended or has max_tokens more."""
+def _run(model, prompts, rows, params, seeds, streamer, known):
+    """Lets every row grow until it has ended or has max_tokens more, by ids below `known` alone."""
     S = max(len(prompt) for prompt in prompts)
     device = model.lm_head.weight.device
     pads = [S - len(prompt) for prompt in prompts]
@@ -148,7 +155,7 @@ def _run(model, prompts, rows, params, seeds, streamer):
     for end in range(S, S + params.max_tokens):
         if end > S:
             logits = context.next_logits(tokens[:, :end])
-        tokens[:, end] = sampler.choose(logits, end)
+        tokens[:, end] = sampler.choose(logits[:, :known], end)
         for r, token in enumerate(tokens[:, end].tolist()):
             if not rows[r].ended:
                 rows[r].push(token)
@@ -189,9 +196,12 @@ def _check_seeds(seed, n_prompts):
     return [seed] * n_prompts if isinstance(seed, int) else seed
 
 
-def _eos_id(tokenizer):
-    """The end-of-text id of our tokenizer, or of transformers'; None where there is none."""
-    return getattr(tokenizer, "eos_id", getattr(tokenizer, "eos_token_id", None))
+def _known_ids(tokenizer):
+    """How many ids our tokenizer, or transformers' (where the added tokens count in its length alone), can decode; None
+    for all. A model may have more, to fill up its matrices: GPT-2's 50257 are often 50304."""
+    if hasattr(tokenizer, "__len__"):
+        return len(tokenizer)
+    return getattr(tokenizer, "vocab_size", None)
 
 
 def _as_tensor(rows, idx):

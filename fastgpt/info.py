@@ -9,6 +9,7 @@ import torch
 import fastgpt
 from fastgpt import ops
 from fastgpt.cpu import extension
+from fastgpt.cpu.linear import bfloat16_product
 
 PACKAGES = ("fastgpt", "torch", "numpy", "triton", "transformers")
 VARIABLES = ("FASTGPT_BACKEND", "FASTGPT_CPU_ISA", "FASTGPT_BUILD")
@@ -45,6 +46,7 @@ def _processor():
     for name in extension.LEVELS:
         chosen = f"in use: {extension.LEVEL_REASON}" if name == extension.LEVEL else "available"
         rows.append(_row(f"  {name}", extension.level_refusal(name) or chosen))
+    rows.append(_row("  products", "of bfloat16 by {}: {}".format(*bfloat16_product())))
     for name, present in (("bf16", extension.HAS_BF16), ("vnni", extension.HAS_VNNI)):
         rows.append(_row(f"  {name}", "available" if present else f"the processor lacks avx512_{name}"))
     return rows

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from fastgpt import ops
-from fastgpt.config import GPTConfig
+from fastgpt.config import GPTConfig, check_int
 
 A100_BF16_FLOPS = 312e12  # per second: the peak that nanoGPT's figures are a share of
 DECAY_MIN_DIM = 2  # matrices and embeddings decay; biases and norms do not
@@ -180,7 +180,8 @@ class GPT(nn.Module):
         many lists. The results begin with their prompts, and the n samples of one prompt are neighbours.
         max_new_tokens, temperature (0 is greedy), top_k and `sampling` make up a `fastgpt.SamplingParams`, which
         names them all; `params` gives one ready-made instead. `seed` may be a list, one for each prompt.
-        tokenizer: its `decode` is needed for stop strings, its `eos_id` ends a sequence unless ignore_eos.
+        tokenizer: its `decode` is needed for stop strings, its `eos_token_id` ends a sequence unless ignore_eos, and ids
+        that it does not know are not drawn.
         streamer(row, token_id) is called for each new token, `row` counting the result's rows.
 
         Where rows of a tensor end early, they are filled up with the token they ended on. Past block_size the
@@ -189,8 +190,8 @@ class GPT(nn.Module):
         from fastgpt import generation
         from fastgpt.sampling import SamplingParams
         if params is None:
-            params = SamplingParams(max_tokens=max_new_tokens, temperature=temperature, top_k=top_k, **sampling)
-        elif max_new_tokens is not None or sampling:
+            params = SamplingParams.from_arguments(max_new_tokens, temperature=temperature, top_k=top_k, **sampling)
+        elif (max_new_tokens, temperature, top_k) != (None, 1.0, None) or sampling:
             raise ValueError("generate: give either params or its fields one by one, not both")
         return generation.generate(self, idx, params, tokenizer=tokenizer, streamer=streamer)
 
@@ -215,12 +216,9 @@ class GPT(nn.Module):
 
     def crop_block_size(self, block_size):
         """Shortens the longest context to block_size, at most what it is, by dropping the last positions."""
-        if not 1 <= block_size <= self.config.block_size:
-            raise ValueError(f"block_size must be from 1 to {self.config.block_size}, got {block_size}")
-        self.config.block_size = block_size
-        wpe = self.transformer.wpe
+        block_size, wpe = check_int("block_size", block_size, 1, self.config.block_size), self.transformer.wpe
         wpe.weight = nn.Parameter(wpe.weight.detach()[:block_size].clone())
-        wpe.num_embeddings = block_size
+        wpe.num_embeddings = self.config.block_size = block_size
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         """AdamW (fused where torch has it) with weight decay on the matrices and embeddings alone."""
@@ -249,6 +247,8 @@ def _init_module(module, std):
 
 
 def _check_ids(idx):
+    if not isinstance(idx, torch.Tensor):
+        raise TypeError(f"idx must be a (B, T) tensor of token ids, got {type(idx).__name__}")
     if idx.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"idx must hold token ids as int64 or int32, got {idx.dtype}")
     if idx.dim() != 2:
@@ -258,6 +258,9 @@ def _check_ids(idx):
 
 
 def _check_targets(idx, targets):
+    _check_ids(idx)
+    if not isinstance(targets, torch.Tensor):
+        raise TypeError(f"targets must be a tensor of idx's shape, got {type(targets).__name__}")
     if targets.dtype != torch.int64:
         raise TypeError(f"targets must be int64, got {targets.dtype}")
     if targets.shape != idx.shape:

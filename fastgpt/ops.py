@@ -63,9 +63,9 @@ def _implementation(op, *tensors):
 
 
 def _check(condition, message):
-    """message: text, or a function that makes it: formatting shapes costs more than a small kernel."""
+    """message: a function that makes the text: formatting shapes costs more than a small kernel."""
     if not condition:
-        raise ValueError(message if isinstance(message, str) else message())
+        raise ValueError(message())
 
 
 def _check_tensor(op, name, tensor):
@@ -81,7 +81,7 @@ def _check_floating(op, name, tensor):
 
 def _check_vector(op, name, vector, size, like):
     _check_floating(op, name, vector)
-    _check(tuple(vector.shape) == (size,), f"{op}: {name} must have shape ({size},), got {tuple(vector.shape)}")
+    _check(vector.shape == (size,), lambda: f"{op}: {name} must have shape ({size},), got {tuple(vector.shape)}")
     _check_same_device(op, name, vector, like)
 
 
@@ -122,7 +122,7 @@ def add_layer_norm(x, residual, weight, bias=None, eps=1e-5):
     _check_norm("add_layer_norm", x, weight, bias, eps)
     _check_floating("add_layer_norm", "residual", residual)
     _check(x.shape == residual.shape,
-           f"add_layer_norm: residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+           lambda: f"add_layer_norm: residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
     _check_same_device("add_layer_norm", "residual", residual, x)
     if x.dtype != residual.dtype:
         dtype = torch.promote_types(x.dtype, residual.dtype)
@@ -132,7 +132,8 @@ def add_layer_norm(x, residual, weight, bias=None, eps=1e-5):
 
 def _check_norm(op, x, weight, bias, eps):
     _check_floating(op, "x", x)
-    _check(x.dim() >= 1 and x.shape[-1] > 0, f"{op}: x must have a last dimension C >= 1, got shape {tuple(x.shape)}")
+    _check(x.dim() >= 1 and x.shape[-1] > 0,
+           lambda: f"{op}: x must have a last dimension C >= 1, got shape {tuple(x.shape)}")
     _check_vector(op, "weight", weight, x.shape[-1], x)
     if bias is not None:
         _check_vector(op, "bias", bias, x.shape[-1], x)
@@ -148,14 +149,15 @@ def gelu(x, approximate="none"):
 def bias_gelu(x, bias, approximate="none"):
     """gelu(x + bias) in one pass: x (..., C), bias (C,)."""
     _check_gelu("bias_gelu", x, approximate)
-    _check(x.dim() >= 1, "bias_gelu: x must have at least one dimension")
+    _check(x.dim() >= 1, lambda: "bias_gelu: x must have at least one dimension")
     _check_vector("bias_gelu", "bias", bias, x.shape[-1], x)
     return _implementation("bias_gelu", x, bias)(x, bias, approximate)
 
 
 def _check_gelu(op, x, approximate):
     _check_floating(op, "x", x)
-    _check(approximate in ("none", "tanh"), f"{op}: approximate must be 'none' or 'tanh', got {approximate!r}")
+    _check(approximate in ("none", "tanh"),
+           lambda: f"{op}: approximate must be 'none' or 'tanh', got {approximate!r}")
 
 
 def linear(x, weight, bias=None, *, activation=None, residual=None):
@@ -166,14 +168,14 @@ def linear(x, weight, bias=None, *, activation=None, residual=None):
     """
     _check_floating("linear", "x", x)
     _check_matrix("linear", x, weight)
-    _check(activation in ACTIVATIONS, f"linear: activation must be one of {ACTIVATIONS}, got {activation!r}")
+    _check(activation in ACTIVATIONS, lambda: f"linear: activation must be one of {ACTIVATIONS}, got {activation!r}")
     N = weight.shape[0]
     if bias is not None:
         _check_vector("linear", "bias", bias, N, x)
     if residual is not None:
         _check_floating("linear", "residual", residual)
         _check(residual.shape == (*x.shape[:-1], N),
-               f"linear: residual must have shape {(*x.shape[:-1], N)}, got {tuple(residual.shape)}")
+               lambda: f"linear: residual must have shape {(*x.shape[:-1], N)}, got {tuple(residual.shape)}")
         _check_same_device("linear", "residual", residual, x)
     x, weight, bias, residual = _autocast(x, weight, bias, residual)
     _check_same_dtype("linear", x=x, weight=weight, bias=bias, residual=residual)
@@ -183,9 +185,10 @@ def linear(x, weight, bias=None, *, activation=None, residual=None):
 
 def _check_matrix(op, x, weight):
     _check_floating(op, "weight", weight)
-    _check(weight.dim() == 2, f"{op}: weight must have shape (N, K), got {tuple(weight.shape)}")
+    _check(weight.dim() == 2, lambda: f"{op}: weight must have shape (N, K), got {tuple(weight.shape)}")
     _check(x.dim() >= 1 and x.shape[-1] == weight.shape[1],
-           f"{op}: x must have K = {weight.shape[1]} (weight's second) in its last dimension, got {tuple(x.shape)}")
+           lambda: f"{op}: x must have K = {weight.shape[1]} (weight's second) in its last dimension, got "
+                   f"{tuple(x.shape)}")
     _check_same_device(op, "weight", weight, x)
 
 
@@ -211,7 +214,7 @@ def attention(q, k, v, *, causal=True, scale=None, dropout_p=0.0, key_mask=None,
     _check(k.shape[0] == B and k.shape[3] == D,
            lambda: f"attention: k must have batch {B} and head size {D} as q, got {tuple(k.shape)}")
     _check(G > 0 and H % G == 0, lambda: f"attention: q's {H} heads must be a multiple of k's {G}")
-    _check(D > 0, "attention: q must have a head size of at least 1, got 0")
+    _check(D > 0, lambda: "attention: q must have a head size of at least 1, got 0")
     _check_number("attention", "dropout_p", dropout_p, 0.0, 1.0)
     if scale is not None:
         _check_number("attention", "scale", scale, float("-inf"))
@@ -240,20 +243,22 @@ def cross_entropy(x, weight, targets, *, bias=None, ignore_index=-100, reduction
 
     x (..., K), weight (V, K), bias (V,) or None, targets (...) int64 in [0, V) or ignore_index.
     reduction "mean" (over the targets not ignored; NaN when there are none, as in PyTorch) or "sum" -> float32
-    scalar; "none" -> float32 (...). Method: chunks of rows (Wijmans et al. 2024, arXiv:2411.09009; Liger Kernel).
+    scalar; "none" -> float32 (...); float64 stays. A graph kept by retain_graph=True goes on needing the gradients that
+    it has handed out: do not change them in place. Method: chunks of rows (Wijmans et al. 2024, arXiv:2411.09009;
+    Liger Kernel).
     """
     _check_floating("cross_entropy", "x", x)
     _check_matrix("cross_entropy", x, weight)
     if bias is not None:
         _check_vector("cross_entropy", "bias", bias, weight.shape[0], x)
     _check_tensor("cross_entropy", "targets", targets)
-    _check(isinstance(ignore_index, int), f"cross_entropy: ignore_index must be an int, got {ignore_index!r}")
+    _check(isinstance(ignore_index, int), lambda: f"cross_entropy: ignore_index must be an int, got {ignore_index!r}")
     shape = tuple(x.shape[:-1])
     _check(targets.shape == shape and targets.dtype == torch.int64,
-           f"cross_entropy: targets must be int64 of shape {shape}, got {targets.dtype} {tuple(targets.shape)}")
+           lambda: f"cross_entropy: targets must be int64 of shape {shape}, got {targets.dtype} {tuple(targets.shape)}")
     _check_same_device("cross_entropy", "targets", targets, x)
     _check(reduction in ("mean", "sum", "none"),
-           f"cross_entropy: reduction must be mean, sum or none, got {reduction!r}")
+           lambda: f"cross_entropy: reduction must be mean, sum or none, got {reduction!r}")
     x, weight, bias = _autocast(x, weight, bias)
     _check_same_dtype("cross_entropy", x=x, weight=weight, bias=bias)
     function = _implementation("cross_entropy", x, weight, bias)

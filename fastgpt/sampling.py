@@ -4,7 +4,7 @@ The order is Hugging Face's: repetition penalty, temperature, top-k, softmax, to
 `torch.multinomial` on torch's generator, as in nanoGPT. With one it inverts the cumulative distribution at a number
 that is a pure function of (seed, sample, position), so that a request replays alone, whatever else is in its batch.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -41,6 +41,19 @@ class SamplingParams:
     stop: str | list | None = None
     stop_token_ids: list | None = None
     ignore_eos: bool = False
+
+    @classmethod
+    def from_arguments(cls, max_new_tokens=None, **given):
+        """From a call's arguments: nanoGPT's name for max_tokens is good too, and errors name what the caller wrote."""
+        names = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in names:
+                raise TypeError(f"generate: no argument {name!r}; the sampling arguments are {', '.join(names)}")
+        if (max_new_tokens is None) == ("max_tokens" not in given):
+            raise TypeError("generate: give max_new_tokens, the number of tokens to generate at most")
+        if max_new_tokens is not None:
+            given["max_tokens"] = check_int("max_new_tokens", max_new_tokens, 0)
+        return cls(**given)
 
     def __post_init__(self):
         self.max_tokens = check_int("max_tokens", self.max_tokens, 0)

@@ -8,7 +8,7 @@ import time
 from fastgpt import ops
 
 ROUNDS = 3
-TOKENS_TO_COMPARE = 64  # in a round, of each text
+TOKENS_AT_LEAST, TOKENS_TO_COMPARE = 16, 64  # in a round, of each text
 SECONDS_A_ROUND = 1.0
 SEPARATOR = "\n---\n"
 
@@ -33,9 +33,12 @@ def write(model, tokenizer, prompt, params, file=None):
 
     file.write(prompt)
     file.flush()
-    model.generate([ids], params=params, tokenizer=tokenizer, streamer=lambda row, token: put(stream.push(token)))
-    put(stream.flush(), last=True)
-    file.write("\n")
+    try:
+        model.generate([ids], params=params, tokenizer=tokenizer, streamer=lambda row, token: put(stream.push(token)))
+        put(stream.flush(), last=True)
+    finally:
+        file.write("\n")  # an error's message begins its own line
+        file.flush()
 
 
 def compare(model, tokenizer, prompt, params):
@@ -43,6 +46,10 @@ def compare(model, tokenizer, prompt, params):
 
     Both take turns, so that a busy machine slows both; the ratio is the median of the rounds'.
     """
+    if params.max_tokens < TOKENS_AT_LEAST:
+        return "too few tokens to measure a speed"
+    if ops.resolve("linear", model.lm_head.weight)[0] == "reference":
+        return "the model ran in plain PyTorch: there is nothing to compare it with (fastgpt info says why)"
     ids = encode_prompt(tokenizer, prompt)
     tokens = params.n * min(TOKENS_TO_COMPARE, params.max_tokens)
     plainly = functools.partial(ops.backend, "reference")

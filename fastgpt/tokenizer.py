@@ -244,7 +244,11 @@ def _named_eos(folder):
         eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"tokenizer: {path} is not a valid JSON object ({error})") from error
-    return (eos.get("content") if isinstance(eos, dict) else eos) or END_OF_TEXT
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    if not isinstance(eos, str | None):
+        raise ValueError(  # noqa: TRY004 the file is wrong, no argument
+            f"tokenizer: {path} must name eos_token by its text, got {eos!r}")
+    return eos or END_OF_TEXT
 
 
 def _download(name):

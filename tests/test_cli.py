@@ -2,6 +2,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,6 +38,7 @@ def here(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     (tmp_path / "short.txt").write_text("mow")
+    (tmp_path / "one.txt").write_text("m")
     return tmp_path
 
 
@@ -197,7 +199,12 @@ def test_the_shipped_model_is_the_default(trained, here, capsys, monkeypatch):
     (["train", "TEXT", "--steps", "x"], "argument --steps: invalid int value: 'x'"),
     (["train", "TEXT", "--steps", "-3"], "steps must be greater than 0, got -3"),
     (["train", "TEXT", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
-    (["train", "TEXT", "--tokenizer", "bpe:x"], "bpe:SIZE needs a number, got 'bpe:x'"),
+    (["train", "TEXT", "--tokenizer", "bpe:x"], "bpe:SIZE needs a number of tokens, got 'bpe:x'"),
+    (["train", "TEXT", "--tokenizer", "bpe:99999999999"], "bpe:SIZE needs a number of tokens"),
+    (["train", "TEXT", "--width", "0"], "--width must be at least 1, got 0"),
+    (["train", "TEXT", "--val", "one.txt"], "--val one.txt holds 1 tokens, and a validation needs at least 2"),
+    (["train", "TEXT", "--val", "short.txt", "--val-fraction", "0.5"], "--val and --val-fraction both say"),
+    (["train", "--resume", "--out", "RUN", "--overwrite"], "--overwrite belongs to a new run"),
     (["train", "TEXT", "--tokenizer", "bpe:9"], "vocab_size must be at least 257"),
     (["train", "TEXT", "--tokenizer", "nowhere.json"], "tokenizer: no file or folder 'nowhere.json'"),
     (["train", "TEXT", "--heads", "3", "--width", "16"], "n_embd must be a multiple of n_head"),
@@ -243,3 +250,27 @@ def test_stop_strings_end_a_text_however_it_is_cut(text, stop, data):
         assert len(out) >= min(len(text[:at + size]) - len(stop) + 1, len(text.split(stop)[0]))
         at += size
     assert out + stop_filter.push("", last=True) == text.split(stop)[0]
+
+
+def test_closed_standard_streams_are_no_crash(trained, here, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "standard input is closed" in run(capsys, "generate", "-", "--model", trained[1])[2]
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["generate", "m", "--model", trained[1], "--max-tokens", "2", "--no-compare"]) == 0
+
+
+def test_an_error_amid_a_text_begins_its_own_line(trained, here, capsys, monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise ValueError("no more")
+    monkeypatch.setattr(GPT, "generate", fail)
+    assert run(capsys, "generate", "m", "--model", trained[1]) == (2, "m\n", "fastgpt generate: error: no more\n")
+
+
+@pytest.mark.parametrize("name, content", [
+    ("run.json", '{"paths": 5, "val": null, "val_fraction": 0.1}'),
+    ("run.json", '{"paths": ["TEXT"], "val": null, "val_fraction": "x"}')])
+def test_a_damaged_run_is_named(name, content, trained, here, capsys):
+    shutil.copytree(trained[1], "run")
+    (here / "run" / name).write_text(content)
+    status, _, err = run(capsys, "train", "--resume", "--out", "run", "--steps", "12")
+    assert status == 2 and "run.json does not say which text the run read" in err

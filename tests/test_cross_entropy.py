@@ -243,3 +243,11 @@ def test_broken_input_is_named(change, error, message):
     arguments = {"x": torch.randn(5, 8), "weight": torch.randn(10, 8), "targets": torch.zeros(5, dtype=torch.int64)}
     with pytest.raises(error, match=message):
         ops.cross_entropy(**(arguments | change))
+
+
+def test_one_position_alone(level):
+    x, weight, target = torch.randn(8), torch.randn(3, 8), torch.tensor(1)
+    for module in (ops, reference):
+        for reduction in ("mean", "none"):
+            loss = module.cross_entropy(x, weight, target, reduction=reduction)
+            torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(weight @ x, target))

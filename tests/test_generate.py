@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from fastgpt import GPT, GPTConfig, SamplingParams, sampling
+from fastgpt import GPT, GPTConfig, SamplingParams, generation, sampling
 from fastgpt.generation import KVCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -20,10 +20,10 @@ class Letters:
     """A tokenizer: id i is the i-th of these characters, and the last id is nothing but the end."""
 
     alphabet = "".join(chr(ord("A") + i) for i in range(V - 1))
-    eos_id = V - 1
+    eos_token_id = V - 1
 
     def decode(self, ids):
-        return "".join(self.alphabet[i] for i in ids if i != self.eos_id)
+        return "".join(self.alphabet[i] for i in ids if i != self.eos_token_id)
 
 
 def recompute(model, idx, n, choose):
@@ -107,9 +107,14 @@ def test_n_samples_of_a_tensor_are_neighbours(model):
 def test_sampling_params_are_taken_whole(model):
     params = SamplingParams(max_tokens=9, temperature=0.7, top_k=10, seed=3)
     assert model.generate(RAGGED, params=params) == model.generate(RAGGED, 9, 0.7, 10, seed=3)
-    with pytest.raises(ValueError, match="either params or its fields"):
-        model.generate(RAGGED, 9, params=params)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'topp'"):
+    for argument in ({"max_new_tokens": 9}, {"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.5}):
+        with pytest.raises(ValueError, match="either params or its fields"):
+            model.generate(RAGGED, params=params, **argument)
+    assert model.generate(RAGGED, max_tokens=9, temperature=0.7, top_k=10, seed=3) == model.generate(RAGGED, params=params)
+    for arguments in ({}, {"max_new_tokens": 3, "max_tokens": 3}):
+        with pytest.raises(TypeError, match="give max_new_tokens"):
+            model.generate(RAGGED, **arguments)
+    with pytest.raises(TypeError, match="generate: no argument 'topp'; the sampling arguments are max_tokens, temp"):
         model.generate(RAGGED, 9, topp=0.5)
 
 
@@ -261,7 +266,7 @@ def test_a_tensors_rows_that_end_early_are_filled_up(model):
 def test_the_tokenizers_end_token_ends_a_row_unless_ignored(model):
     tokenizer = Letters()
     free = model.generate([[1, 2]], 14, seed=8)[0]
-    tokenizer.eos_id = free[6]
+    tokenizer.eos_token_id = free[6]
     end = free[2:].index(free[6]) + 3
     assert model.generate([[1, 2]], 14, seed=8, tokenizer=tokenizer)[0] == free[:end]
     assert model.generate([[1, 2]], 14, seed=8, tokenizer=tokenizer, ignore_eos=True)[0] == free
@@ -394,3 +399,29 @@ def test_no_prompts_and_no_tokens_are_no_error(model):
     assert model.generate([], 5) == []
     assert model.generate([[1, 2]], 0, n=2) == [[1, 2], [1, 2]]
     assert model.generate(torch.zeros(0, 4, dtype=torch.int64), 5).shape == (0, 4)
+
+
+class Holes(Letters):
+    """Ids 0 and 1 add no text, and only the first 20 ids are known."""
+
+    vocab_size = 20
+
+    def decode(self, ids):
+        assert all(i < self.vocab_size for i in ids)
+        return super().decode([i for i in ids if i > 1])
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_ids_that_the_tokenizer_lacks_are_not_drawn(model, penalty):
+    prompts = [[3, V - 2], [5]]
+    free, bound = (model.generate(prompts, 40, seed=1, tokenizer=t, repetition_penalty=penalty) for t in (None, Holes()))
+    assert max(map(max, free)) >= 20 and max(i for row in bound for i in row if i != V - 2) < 20
+
+
+def test_a_stop_string_is_seen_through_tokens_without_text():
+    row = generation._Row(torch.tensor([4]), SamplingParams(stop=["CD"]), Holes())
+    for token in (5, 2, 0, 1, 0, 1, 0, 1):
+        row.push(token)
+        assert not row.ended
+    row.push(3)
+    assert row.ended

@@ -285,6 +285,9 @@ def test_crop_block_size_keeps_the_first_positions():
     assert torch.equal(ours(idx, targets)[0], before)
     with pytest.raises(ValueError, match="block_size must be from 1 to 7, got 8"):
         ours.crop_block_size(8)
+    with pytest.raises(TypeError, match="block_size must be an int, got 1.5"):
+        ours.crop_block_size(1.5)
+    assert ours.config.block_size == 7
 
 
 def test_configure_optimizers_decays_matrices_alone():

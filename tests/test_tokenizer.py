@@ -164,6 +164,10 @@ def test_eos_comes_from_the_config(tmp_path):
     for eos in ("#", {"content": "#", "lstrip": False}):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
         assert Tokenizer.from_dir(tmp_path).eos_token_id == 0
+    for eos in (5, ["#"], {"content": 5}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+        with pytest.raises(ValueError, match="tokenizer_config.json must name eos_token by its text"):
+            Tokenizer.from_dir(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(ValueError, match="tokenizer_config.json is not a valid JSON object"):
         Tokenizer.from_dir(tmp_path)

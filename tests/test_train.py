@@ -264,10 +264,19 @@ def test_what_cannot_be_resumed_is_named(tmp_path):
     trainer.run()
     with pytest.raises(ValueError, match="are not those that .*last was trained on"):
         Trainer.resume(tmp_path, TokenData.from_texts([TEXT[1:]], CHARS))
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        make_trainer(tmp_path).run()
     path = tmp_path / "last" / "trainer.pt"
+    state = load_state(path.parent)
     torch.save({"step": 1}, path)
     with pytest.raises(ValueError, match="trainer.pt is not a trainer's state: it lacks .*config"):
         Trainer.resume(tmp_path, trainer.data)
+    for name, value, message in [("config", {"flux": 1}, "other settings than a run of this version .*flux"),
+                                 ("config", [], "its config is"), ("step", "x", "its step is 'x'"),
+                                 ("optimizer", {}, "is not the state of this model's training")]:
+        torch.save({**state, name: value}, path)
+        with pytest.raises(ValueError, match=f"trainer.pt .*{message}"):
+            Trainer.resume(tmp_path, trainer.data)
     path.write_bytes(b"broken")
     with pytest.raises(ValueError, match="trainer.pt is not a trainer's state"):
         Trainer.resume(tmp_path, trainer.data)
@@ -281,6 +290,12 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     with pytest.raises(ValueError, match="is not a trainer's state"):
         load_state(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("rest", [b"5\n", b'{"a": 1}\n', b'{"step": "x"}\n', b"\xff\xfe\n", b'{"ste'])
+def test_the_log_ends_where_it_is_damaged(rest, tmp_path):
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n' + rest + b'{"step": 2}\n')
+    assert read_log(tmp_path / "log.jsonl") == [{"step": 1}]
 
 
 def test_the_log_forgets_what_a_killed_run_had_ahead(tmp_path):

@@ -13,7 +13,7 @@ MAX_HEAD_SIZE = 256
 
 
 def why_not(op, device, *tensors):
-    """Why these kernels can't answer a call, or None. The first tensor's dtype decides, the others' may be narrower."""
+    """Why these kernels can't answer a call, or None. Of attention, q comes first."""
     if MISSING:
         return MISSING
     if op not in KERNELS:

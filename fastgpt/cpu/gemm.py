@@ -22,4 +22,5 @@ def matmul(a, b, out=None, *, accumulate=False, bias=None, activation=None, pre=
 
 
 def _matrix(tensor):
-    return DTYPES[tensor.dtype], tensor.data_ptr(), *tensor.shape, *tensor.stride()
+    (rows, columns), (row, column) = tensor.shape, tensor.stride()
+    return DTYPES[tensor.dtype], tensor.data_ptr(), rows, columns, row, column

@@ -19,14 +19,14 @@ def bfloat16_product():
 
 
 def _rows(x):
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _forward(x, weight, bias, residual, activation, keep_pre):
     """-> y (..., N), and the activation's input, if it is to be kept for backward (else no elements)."""
     bias, residual = dense(bias, residual)
     shape = (*x.shape[:-1], weight.shape[0])
-    y, pre = (torch.empty(size, dtype=x.dtype, device=x.device) for size in (shape, shape if keep_pre else 0))
+    y, pre = torch.empty(shape, dtype=x.dtype), torch.empty(shape if keep_pre else 0, dtype=x.dtype)
     matmul(_rows(x), weight.t(), out=_rows(y), bias=bias, activation=activation or None,
            pre=pre if keep_pre else None, residual=residual)
     return y, pre

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from fastgpt.allocator import keep_freed_memory
+from fastgpt.config import check_int
 from fastgpt.train.config import TrainConfig
 
 # layers, heads, width, context
@@ -82,7 +83,10 @@ def _started(args, out, changes):
     sources = {"paths": args.paths, "val": args.val, "val_fraction": _fraction(args)}
     parts = _read(sources)
     model, tokenizer = _initial(args, parts) if args.init else _new(args, config, parts)
-    trainer = Trainer(model.to(device), _tokens(parts, tokenizer), config, tokenizer)
+    data = _tokens(parts, tokenizer)
+    if args.val and len(data.val) < 2:
+        raise ValueError(f"--val {args.val} holds {len(data.val)} tokens, and a validation needs at least 2")
+    trainer = Trainer(model.to(device), data, config, tokenizer)
     _clear(out)
     _record(out, sources)
     return trainer
@@ -93,8 +97,8 @@ def _resumed(args, out, changes):
     from fastgpt.loading import choose_device
     from fastgpt.train import Trainer
     from fastgpt.train.trainer import last_folder
-    for name in ("init", "size", *SHAPE, "dropout", "tokenizer", "val_fraction"):
-        if getattr(args, name) is not None:
+    for name in ("init", "size", *SHAPE, "dropout", "tokenizer", "val_fraction", "overwrite"):
+        if getattr(args, name) not in (None, False):
             raise ValueError(f"--{name.replace('_', '-')} belongs to a new run: --resume goes on with the run's own")
     tokenizer = Tokenizer.from_dir(last_folder(out))
     sources = _recorded(out)
@@ -120,6 +124,8 @@ def _with_defaults(args, changes):
 
 
 def _fraction(args):
+    if args.val and args.val_fraction is not None:
+        raise ValueError("--val and --val-fraction both say what to validate on: give one of them")
     fraction = 0.1 if args.val_fraction is None else args.val_fraction
     if not 0 <= fraction < 1:
         raise ValueError(f"--val-fraction must be in [0, 1), got {fraction}")
@@ -155,7 +161,7 @@ def _new(args, config, parts):
     given = (args.layers, args.heads, args.width)
     layers, heads, width = (size if g is None else g for g, size in zip(given, shape, strict=True))
     # GPT-2's 0.02 belongs to 768 channels; a narrow model that starts so small stays at bigrams for hundreds of steps.
-    initializer_range = 0.02 * math.sqrt(768 / width)
+    initializer_range = 0.02 * math.sqrt(768 / check_int("--width", width, 1))
     model = GPT(GPTConfig(block_size=config.context or context, vocab_size=tokenizer.vocab_size, n_layer=layers,
                           n_head=heads, n_embd=width, dropout=args.dropout or 0.0, bias=False,
                           initializer_range=initializer_range))
@@ -173,7 +179,7 @@ def _initial(args, parts):
     override = None if args.dropout is None else {"dropout": args.dropout}
     model, tokenizer = load_model(args.init, args.tokenizer, override)
     check_vocabulary(model, tokenizer)
-    return model.float(), tokenizer
+    return model, tokenizer
 
 
 def make_tokenizer(spec, training, validation=()):
@@ -183,8 +189,8 @@ def make_tokenizer(spec, training, validation=()):
         return Tokenizer.characters("".join({*"".join(training), *"".join(validation)}))
     if not spec.startswith("bpe:"):
         return Tokenizer.from_pretrained(spec)
-    if not spec[4:].isdecimal():
-        raise ValueError(f"--tokenizer bpe:SIZE needs a number, got {spec!r}")
+    if not spec[4:].isdecimal() or len(spec) > len("bpe:999999999"):
+        raise ValueError(f"--tokenizer bpe:SIZE needs a number of tokens, got {spec!r}")
     return Tokenizer.train_bpe(training, int(spec[4:]))
 
 
@@ -208,7 +214,11 @@ def _recorded(out):
     path = out / "run.json"
     try:
         sources = json.loads(path.read_text(encoding="utf-8"))
-        return {name: sources[name] for name in ("paths", "val", "val_fraction")}
+        sources = {name: sources[name] for name in ("paths", "val", "val_fraction")}
+        if not all(isinstance(sources[name], kind) for name, kind in
+                   (("paths", list), ("val", str | None), ("val_fraction", float))):
+            raise TypeError("a field is of the wrong type")
+        return sources
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} does not say which text the run read ({error})") from error
 

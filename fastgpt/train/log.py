@@ -26,14 +26,17 @@ class RunLog:
 
 
 def read_log(path):
-    """The records of a log.jsonl; none when it is missing. A line that a kill cut short ends it."""
+    """The records of a log.jsonl; none when it is missing. A line that a kill cut short, or that is no record, ends it."""
     path = Path(path)
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             break
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            break
+        records.append(record)
     return records
 
 

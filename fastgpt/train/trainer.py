@@ -19,6 +19,10 @@ from fastgpt.train.data import Windows
 from fastgpt.train.log import Progress, RunLog
 from fastgpt.train.saving import recover, replaced_folder
 
+# What trainer.pt holds, and of which kind.
+STATE = {"step": int, "best_loss": float | None, "best_step": int | None, "stale": int, "config": dict, "data": object,
+         "optimizer": dict, "average": list | None}
+
 
 @dataclasses.dataclass
 class Result:
@@ -62,9 +66,16 @@ class Trainer:
         if state["data"] != data.fingerprint():
             raise ValueError(f"the text or its tokens are not those that {folder} was trained on, so its run cannot "
                              "go on; to train it on other text, start a new run from it")
-        config = TrainConfig(**{**state["config"], **changes, "out": str(out)})
+        try:
+            config = TrainConfig(**{**state["config"], **changes, "out": str(out)})
+        except TypeError as error:  # of another version
+            raise ValueError(f"{folder / 'trainer.pt'} has other settings than a run of this version ({error})") from error
         trainer = cls(GPT.from_pretrained(str(folder)).to(device), data, config, tokenizer, quiet)
-        trainer._restore(state)
+        try:
+            trainer._restore(state)
+        except Exception as error:  # whatever a state of the wrong form makes torch raise
+            raise ValueError(f"{folder / 'trainer.pt'} is not the state of this model's training "
+                             f"({type(error).__name__}: {error})") from error
         return trainer
 
     def run(self):
@@ -73,6 +84,8 @@ class Trainer:
         FloatingPointError when the loss stops being a number, OSError when a checkpoint cannot be written: either way
         the last checkpoint stays as it was.
         """
+        if self.step == 0 and (Path(self.config.out) / "last").exists():
+            raise FileExistsError(f"{self.config.out} holds a run already: resume it, or name another folder")
         self.log = RunLog(_made(self.config.out) / "log.jsonl", self.step)
         self.progress = Progress(self.config.steps, self.step, self.quiet)
         devices = [self.device] if self.device.type == "cuda" else []
@@ -258,11 +271,14 @@ def load_state(folder):
     path = Path(folder) / "trainer.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"step", "best_loss", "best_step", "stale", "config", "data", "optimizer", "average"} - set(state)
+        missing = set(STATE) - set(state)
     except Exception as error:  # whatever a broken archive makes the reader raise
         raise ValueError(f"{path} is not a trainer's state ({type(error).__name__}: {error})") from error
     if missing:
         raise ValueError(f"{path} is not a trainer's state: it lacks {', '.join(sorted(missing))}")
+    wrong = [name for name, kind in STATE.items() if not isinstance(state[name], kind)]
+    if wrong:
+        raise ValueError(f"{path} is not a trainer's state: its {wrong[0]} is {state[wrong[0]]!r:.60}")
     return state
 
 
