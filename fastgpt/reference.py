@@ -68,7 +68,7 @@ def attention_mask(T, S, causal=True, key_mask=None, device=None):
 
 
 def cross_entropy(x, weight, targets, *, bias=None, ignore_index=-100, reduction="mean"):
-    logits = F.linear(x, weight, bias).reshape(targets.numel(), -1)  # (N, V)
+    logits = F.linear(x, weight, bias).reshape(targets.numel(), len(weight))  # (N, V)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     loss = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction=reduction)
     return loss.view(targets.shape) if reduction == "none" else loss

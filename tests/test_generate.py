@@ -373,8 +373,8 @@ def test_bad_prompts_are_named(model, idx, error, message):
 
 
 @pytest.mark.parametrize(("options", "error", "message"), [
-    ({"max_new_tokens": -1}, ValueError, "max_tokens must be at least 0, got -1"),
-    ({}, TypeError, "max_tokens must be an int, got None"),
+    ({"max_new_tokens": -1}, ValueError, "max_new_tokens must be at least 0, got -1"),
+    ({"max_tokens": -1}, ValueError, "max_tokens must be at least 0, got -1"),
     ({"max_new_tokens": 3, "temperature": -1.0}, ValueError, "temperature must be finite and at least 0"),
     ({"max_new_tokens": 3, "temperature": float("nan")}, ValueError, "temperature must be finite"),
     ({"max_new_tokens": 3, "temperature": "hot"}, TypeError, "temperature must be a number, got 'hot'"),
