@@ -12,6 +12,8 @@ from benchmarks.neighbours import Neighbours
 
 MIN_ROUNDS = 3  # below this a budget ends the run only when it is exceeded by far
 WARM_UP_SECONDS = 0.05
+# PyTorch's threads spin for some milliseconds after its op. To a run as long as this they make no difference.
+SETTLING_SECONDS = 0.4
 
 
 @dataclass
@@ -37,7 +39,7 @@ class Variant:
     def __init__(self, name, run, *, setup=None, check=None, sample_seconds=0.02, known_seconds=None):
         self.name, self.run, self.setup, self.check = name, run, setup, check
         self.sample_seconds, self.known_seconds = sample_seconds, known_seconds
-        self.repeats = 1
+        self.repeats, self.settles = 1, False
 
     def prepare(self):
         """The check, then runs until caches and allocators are warm, which also tell how many fill a sample."""
@@ -55,13 +57,14 @@ class Variant:
             if fastest > 10 * self.sample_seconds:
                 break  # so long that the first run's share of warming up is small
         self.repeats = max(1, int(self.sample_seconds / max(fastest, 1e-9)))
+        self.settles = fastest < SETTLING_SECONDS
 
     def sample(self, evict=None):
         if self.setup is not None:
             self.setup()
         if evict is not None:
             evict()
-        elif self.repeats > 1:
+        elif self.settles:
             self.run()  # so that what the contestant before left behind (caches, spinning threads) is not measured
         repeats = 1 if evict is not None else self.repeats
         cpu, start = time.process_time(), time.perf_counter()
