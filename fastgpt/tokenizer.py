@@ -13,6 +13,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
 END_OF_TEXT = "<|endoftext|>"
+MAX_BPE_SIZE = 10 ** 7  # the library makes room for all of them first, and ends the process where there is none
 
 
 class Tokenizer:
@@ -64,6 +65,8 @@ class Tokenizer:
         vocab_size counts all tokens, the 256 bytes and <|endoftext|> included, so at least 257; a text too small to
         give so many merges gives fewer tokens.
         """
+        if vocab_size > MAX_BPE_SIZE:
+            raise ValueError(f"train_bpe: vocab_size must be at most {MAX_BPE_SIZE}, got {vocab_size}")
         if vocab_size < 257:
             raise ValueError(f"train_bpe: vocab_size must be at least 257 (bytes and {END_OF_TEXT}), got {vocab_size}")
         backend = _byte_level(models.BPE())

@@ -28,7 +28,7 @@ def define(schema, launch, fake, *, setup_context=None, backward=None, device="C
     def call(*args):
         if torch.compiler.is_compiling() or any(_is_traced(a) for a in args):
             return library_op(*args)
-        if function is not None and torch.is_grad_enabled() and any(_needs_grad(a) for a in args):
+        if function is not None and needs_gradient(*args):
             return function.apply(*args)
         return launch(*args)
 
@@ -41,8 +41,9 @@ def _is_traced(argument):
     return isinstance(argument, torch.Tensor) and type(argument) not in (torch.Tensor, Parameter)
 
 
-def _needs_grad(argument):
-    return isinstance(argument, torch.Tensor) and argument.requires_grad
+def needs_gradient(*arguments):
+    """Whether autograd will come back to a call with these arguments."""
+    return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments)
 
 
 def _autograd_function(name, launch, setup_context, backward):

@@ -67,3 +67,12 @@ def _leaf(tensor, dtype):
         return tensor
     # clone keeps strides: a strided view stays one
     return tensor.detach().to(dtype or tensor.dtype, copy=True).requires_grad_()
+
+
+def check_compiled(loss, leaves):
+    """loss(*leaves) and its gradients have the same bits when compiled as one graph."""
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        value = function(*leaves)
+        results.append((value, *torch.autograd.grad(value, leaves)))
+    assert all(map(torch.equal, *results))

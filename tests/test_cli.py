@@ -204,6 +204,7 @@ def test_the_shipped_model_is_the_default(trained, here, capsys, monkeypatch):
     (["train", "TEXT", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
     (["train", "TEXT", "--tokenizer", "bpe:x"], "bpe:SIZE needs a number of tokens, got 'bpe:x'"),
     (["train", "TEXT", "--tokenizer", "bpe:99999999999"], "bpe:SIZE needs a number of tokens"),
+    (["train", "TEXT", "--tokenizer", "bpe:99999999"], "vocab_size must be at most 10000000, got 99999999"),
     (["train", "TEXT", "--width", "0"], "--width must be at least 1, got 0"),
     (["train", "TEXT", "--val", "one.txt"], "--val one.txt holds 1 tokens, and a validation needs at least 2"),
     (["train", "TEXT", "--val", "short.txt", "--val-fraction", "0.5"], "--val and --val-fraction both say"),

@@ -173,27 +173,7 @@ INLINE float to_float(bf16 a) {
   return f;
 }
 
-// e**x to about 1 ulp: 0 below -87, infinity above 88.72, NaN for NaN. x = n ln 2 + r, e**r by a polynomial.
-INLINE Vec exp(Vec x) {
-  Vec clamped = max(min(x, splat(89.0f)), splat(-87.0f));
-  clamped = x == x ? clamped : x;
-  Vec shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2**23: rounds to an integer in the low bits
-  Vec n = shifted - 12582912.0f;
-  Vec r = clamped - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  // 2**n in two factors, since n may be 128 where the result is still finite.
-  IntVec exponent = as_int(shifted) - 0x4B400000;
-  Vec scaled = (p + p) * as_float((exponent - 1 + 127) << 23);
-  return x < -87.0f ? Vec{} : scaled;
-}
-
-// e**x for x <= 0 (or a rounding error above), to about 1 ulp: 0 below -87, NaN for NaN. Half the latency of exp: no
+// e**x for x <= 0 (or a rounding error above), to about 1 ulp: 0 below -87, NaN for NaN. Short in latency: no
 // clamp (what lies below -87 is discarded at the end), a polynomial in pairs, 2**n added to the exponent's bits.
 INLINE Vec exp_nonpositive(Vec x) {
   Vec shifted = x * 1.44269504f + 12582912.0f;

@@ -3,7 +3,7 @@ import torch
 
 from fastgpt.cpu.extension import _C
 from fastgpt.cpu.launch import DTYPES, dense, pointer
-from fastgpt.torch_op import define
+from fastgpt.torch_op import define, needs_gradient
 
 
 def _heads(x):
@@ -91,5 +91,4 @@ def attention(q, k, v, *, causal=True, scale=None, dropout_p=0.0, key_mask=None,
         seed = None
     elif isinstance(seed, int):
         seed = torch.tensor(seed, dtype=torch.int64, device="cpu")
-    keep_lse = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return _attention(q, k, v, key_mask, seed, causal, scale, dropout_p, keep_lse)[0]
+    return _attention(q, k, v, key_mask, seed, causal, scale, dropout_p, needs_gradient(q, k, v))[0]

@@ -8,7 +8,7 @@ from fastgpt.cpu.extension import _C, HAS_BF16
 from fastgpt.cpu.gelu import gelu
 from fastgpt.cpu.gemm import ACTIVATIONS, matmul
 from fastgpt.cpu.launch import DTYPES, dense, pointer
-from fastgpt.torch_op import define
+from fastgpt.torch_op import define, needs_gradient
 
 
 def bfloat16_product():
@@ -86,8 +86,7 @@ _linear = define(
 def linear(x, weight, bias=None, *, activation=None, residual=None):
     if x.dtype == torch.bfloat16 and bfloat16_product()[0] == "torch":
         return _with_torch_product(x, weight, bias, activation, residual)
-    needs_grad = any(t is not None and t.requires_grad for t in (x, weight, bias))
-    keep_pre = activation is not None and torch.is_grad_enabled() and needs_grad
+    keep_pre = activation is not None and needs_gradient(x, weight, bias)
     return _linear(x, weight, bias, residual, activation or "", keep_pre)[0]
 
 

@@ -185,11 +185,12 @@ def _initial(args, parts):
 def make_tokenizer(spec, training, validation=()):
     """The tokenizer that "char", "bpe:SIZE" or a path means; a BPE is learnt from the training texts alone."""
     from fastgpt import Tokenizer
+    from fastgpt.tokenizer import MAX_BPE_SIZE
     if spec == "char":
         return Tokenizer.characters("".join({*"".join(training), *"".join(validation)}))
     if not spec.startswith("bpe:"):
         return Tokenizer.from_pretrained(spec)
-    if not spec[4:].isdecimal() or len(spec) > len("bpe:999999999"):
+    if not spec[4:].isdecimal() or len(spec[4:]) > len(str(MAX_BPE_SIZE)):
         raise ValueError(f"--tokenizer bpe:SIZE needs a number of tokens, got {spec!r}")
     return Tokenizer.train_bpe(training, int(spec[4:]))
 
