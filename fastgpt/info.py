@@ -8,7 +8,7 @@ import torch
 
 import fastgpt
 from fastgpt import ops
-from fastgpt.cpu import extension
+from fastgpt import extension
 from fastgpt.cpu.linear import bfloat16_product
 
 PACKAGES = ("fastgpt", "torch", "numpy", "triton", "transformers")

@@ -8,7 +8,7 @@ from samples import samples
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt import cpu, ops, reference
-from fastgpt.cpu import extension
+from fastgpt import extension
 
 FLOATS = samples()
 

@@ -1,7 +1,7 @@
 """The C++ kernels for the CPU behind `fastgpt.ops`: one file an op, in the order launchers, op definitions, function."""
 from fastgpt.cpu.attention import attention
 from fastgpt.cpu.cross_entropy import cross_entropy
-from fastgpt.cpu.extension import MISSING
+from fastgpt.extension import MISSING
 from fastgpt.cpu.gelu import bias_gelu, gelu
 from fastgpt.cpu.launch import DTYPES
 from fastgpt.cpu.layer_norm import add_layer_norm, layer_norm
