@@ -5,15 +5,16 @@
 // four (int8) or eight (int4), so that a vector load gives neighbouring columns. int8 has a scale for each column at the
 // panel's end, int4 one for each column and group of kInt4Group numbers behind the group's steps.
 //
-// Integer weights are multiplied by rows of 16-bit integers (rows.inl's scale for each row): exact sums, as fast as
-// 8-bit ones without VNNI, and fine enough for the outliers of GPT-2's activations.
+// Integer weights are multiplied by rows of integers, with exact sums. int8 weights take 16-bit ones with a scale for the
+// row: as fast as 8-bit ones without VNNI, and fine enough for the outliers of GPT-2's activations. int4 weights take
+// 8-bit ones with a scale for each group, whose products fit into 16 bits for a whole group.
 
 namespace fastgpt {
 namespace {
 
 constexpr int64_t kInt4Group = 32;
 constexpr int64_t kChain = 256;       // products summed before they are added to the sum so far
-constexpr int64_t kMostInteger = 32767;  // |row entry|; kChain products with int8 stay inside an int32
+constexpr int64_t kMostInteger = 32767;  // |16-bit row entry|: kChain products with int8 stay inside an int32
 
 template <int kFormat>
 struct Format;
@@ -37,7 +38,7 @@ struct Format<kPackedInt8> {
 template <>
 struct Format<kPackedInt4> {
   static constexpr int64_t kSteps = 8, kBytes = 4 * kTileCols;
-  typedef int16_t Input;
+  typedef int8_t Input;
 };
 
 // A row's length as the kernels read it: whole steps and, of int4, whole groups.
@@ -90,11 +91,25 @@ INLINE IntVec load_ints(const void* p) {
   memcpy(&a, p, sizeof a);
   return a;
 }
-INLINE IntVec splat_pair(const int16_t* pair) {
+INLINE IntVec splat_word(const void* p) {
   int32_t a;
-  memcpy(&a, pair, 4);
+  memcpy(&a, p, 4);
   return a - IntVec{};
 }
+
+// acc + the sums of the products of neighbouring bytes, a's without a sign, in 16 bits.
+INLINE ShortVec dot_byte_pairs(ShortVec acc, IntVec a, IntVec b) {
+#if defined(__AVX512BW__)
+  return acc + (ShortVec)_mm512_maddubs_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__) && FASTGPT_VEC_WIDTH == 8
+  return acc + (ShortVec)_mm256_maddubs_epi16((__m256i)a, (__m256i)b);
+#else
+  ShortVec low = (ShortVec)(a & 0x00FF00FF), high = (ShortVec)((UintVec)a >> 8) & 0x00FF;
+  return acc + low * (ShortVec)low_bytes(b) + high * (ShortVec)high_bytes(b);
+#endif
+}
+// The sums of neighbouring 16-bit numbers.
+INLINE IntVec add_halves(ShortVec a) { return dot_pairs(IntVec{}, (IntVec)a, 0x00010001 - IntVec{}); }
 
 // Where in a row of 16-bit integers number k lies: fours are stored as (0, 2, 1, 3), the pairs that the bytes of a
 // 16-bit half come to.
@@ -165,8 +180,8 @@ INLINE Vec int4_scale(const float* from, int64_t n) {
   return best;
 }
 
-// Which of eight numbers lies in nibble i: pairs of nibbles 16 bits apart are the pairs of `shuffled`.
-constexpr int kNibble[8] = {0, 1, 4, 5, 2, 3, 6, 7};
+// Which of eight numbers lies in nibble i: the lower nibbles of the four bytes are the first four.
+constexpr int kNibble[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
 INLINE void pack_nibbles(const float* from, int64_t K, uint8_t* to) {
   for (int64_t group = 0; group < K; group += kInt4Group) {
@@ -228,17 +243,20 @@ void unpack_column(const Packed& w, int64_t n, float* out) {
 
 // ---- tiles: M rows by a panel --------------------------------------------------------------------------------------
 
-// Rows that a tile takes at most: sums, weights and a row's number in the 16 (or 32) registers.
+// Rows up to which a product takes a panel's numbers as they are stored. For more it pays to unpack a panel first: to
+// floats, or to the pairs of 16-bit integers that dot_pairs takes.
 template <int kFormat>
-constexpr int kPackedRows = kFormat == kPackedFloat32 || kFormat == kPackedBFloat16 ? kTileRows : FASTGPT_VEC_WIDTH == 16 ? 10 : 6;
+constexpr int kDirectRows = kFormat == kPackedFloat32 ? kTileRows : 4;
+template <int kFormat>
+constexpr int kUnpackedRows = kFormat == kPackedInt4 && FASTGPT_VEC_WIDTH < 16 ? 4 : kTileRows;
 
 constexpr int64_t kAhead = 2048;  // bytes: how far before their use the weights are asked for
 INLINE void prefetch_step(const uint8_t* at) {
   UNROLL for (int64_t i = 0; i < Format<kPackedFloat32>::kBytes; i += 64) __builtin_prefetch(at + kAhead + i);
 }
 
-// Input rows of a tile: row i begins at data + i * stride. scale: (rows), sums: (rows, groups of kInt4Group), of
-// integer rows.
+// Input rows of a tile: row i begins at data + i * stride. Of integer rows, scale and sums: (rows, groups) where a group
+// is kInt4Group numbers; of 16-bit rows the first scale is that of the whole row.
 template <class T>
 struct Rows {
   const T* data;
@@ -246,7 +264,7 @@ struct Rows {
   const float* scale;
   const int32_t* sums;
   int64_t groups;
-  INLINE Rows from(int64_t i) const { return {data + i * stride, stride, scale + i, sums + i * groups, groups}; }
+  INLINE Rows from(int64_t i) const { return {data + i * stride, stride, scale + i * groups, sums + i * groups, groups}; }
 };
 
 template <int M>
@@ -325,7 +343,7 @@ struct Multiply<kPackedInt8, M> {
             columns[j] = half ? high_bytes(four) : low_bytes(four);
           }
           UNROLL for (int i = 0; i < M; i++) {
-            IntVec pair = splat_pair(a.data + i * a.stride + s + 2 * half);
+            IntVec pair = splat_word(a.data + i * a.stride + s + 2 * half);
             UNROLL for (int j = 0; j < kTileVecs; j++) {
               sum[i][j] = dot_pairs(sum[i][j], columns[j], pair);
               KEEP(sum[i][j]);
@@ -339,71 +357,178 @@ struct Multiply<kPackedInt8, M> {
   }
 };
 
+// The sums of a group of int4 numbers, which hold weight + 8: they begin at -8 times the sum of the row's numbers, half
+// of it in each of the halves that add_halves will add. None leaves 16 bits: 16 products of at most 15 * 127, and a start
+// that is the opposite of what the offset adds.
+template <int M>
+INLINE void start_int4(ShortVec (&sum)[M][kTileVecs], const Rows<int8_t>& a, int64_t g) {
+  UNROLL for (int i = 0; i < M; i++)
+    UNROLL for (int j = 0; j < kTileVecs; j++) sum[i][j] = (int16_t)(a.sums[i * a.groups + g] * -4) - ShortVec{};
+}
+template <int M>
+INLINE void add_int4(Vec (&total)[M][kTileVecs], const ShortVec (&sum)[M][kTileVecs], const Rows<int8_t>& a, int64_t g,
+                     const uint8_t* scales) {
+  UNROLL for (int j = 0; j < kTileVecs; j++) {
+    Vec scale = load((const bf16*)scales + j * W);
+    UNROLL for (int i = 0; i < M; i++)
+      total[i][j] = multiply_add(to_floats(add_halves(sum[i][j])), scale * a.scale[i * a.groups + g], total[i][j]);
+  }
+}
+
 template <int M>
 struct Multiply<kPackedInt4, M> {
-  static INLINE void run(Vec (&total)[M][kTileVecs], const Rows<int16_t>& a, const uint8_t* panel, int64_t K) {
-    for (int64_t g = 0; g * kInt4Group < K; g++) {
-      IntVec sum[M][kTileVecs];
-      UNROLL for (int i = 0; i < M; i++) {
-        // The nibbles hold weight + 8.
-        IntVec start = a.sums[i * a.groups + g] * -8 - IntVec{};
-        UNROLL for (int j = 0; j < kTileVecs; j++) sum[i][j] = start;
-      }
+  static INLINE void run(Vec (&total)[M][kTileVecs], const Rows<int8_t>& a, const uint8_t* panel, int64_t K) {
+    for (int64_t g = 0; g * kInt4Group < K; g++, panel += 2 * kTileCols) {
+      ShortVec sum[M][kTileVecs];
+      start_int4(sum, a, g);
       for (int64_t s = g * kInt4Group; s < (g + 1) * kInt4Group; s += 8, panel += 4 * kTileCols) {
         prefetch_step(panel);
-        UNROLL for (int n = 0; n < 4; n++) {
+        UNROLL for (int half = 0; half < 2; half++) {
           IntVec columns[kTileVecs];
-          UNROLL for (int j = 0; j < kTileVecs; j++) {
-            IntVec eight = load_ints(panel + 4 * j * W);
-            columns[j] = (IntVec)((UintVec)eight >> (4 * n)) & 0x000F000F;
-          }
+          UNROLL for (int j = 0; j < kTileVecs; j++)
+            columns[j] = (IntVec)((UintVec)load_ints(panel + 4 * j * W) >> (4 * half)) & 0x0F0F0F0F;
           UNROLL for (int i = 0; i < M; i++) {
-            IntVec pair = splat_pair(a.data + i * a.stride + s + 2 * n);
+            IntVec four = splat_word(a.data + i * a.stride + s + 4 * half);
             UNROLL for (int j = 0; j < kTileVecs; j++) {
-              sum[i][j] = dot_pairs(sum[i][j], columns[j], pair);
+              sum[i][j] = dot_byte_pairs(sum[i][j], columns[j], four);
               KEEP(sum[i][j]);
             }
           }
         }
       }
+      add_int4(total, sum, a, g, panel);
+    }
+  }
+};
+
+// An unpacked panel: the products' operands (floats, pairs of 16-bit integers, fours of bytes) side by side, and the
+// packed panel, for its scales.
+struct Unpacked {
+  const uint8_t* numbers;
+  const uint8_t* panel;
+};
+
+INLINE void store_ints(uint8_t* p, IntVec a) { memcpy(p, &a, sizeof a); }
+
+void unpack_halves(const uint8_t* panel, int64_t K, uint8_t* to) {
+  for (int64_t s = 0; s < K; s += 2, panel += 4 * kTileCols, to += 8 * kTileCols)
+    UNROLL for (int j = 0; j < kTileVecs; j++) {
+      IntVec pair = load_ints(panel + 4 * j * W);
+      store_ints(to + 4 * j * W, pair << 16);
+      store_ints(to + 4 * (kTileCols + j * W), pair & (int)0xFFFF0000);
+    }
+}
+void unpack_bytes(const uint8_t* panel, int64_t K, uint8_t* to) {
+  for (int64_t s = 0; s < K; s += 4, panel += 4 * kTileCols, to += 8 * kTileCols)
+    UNROLL for (int j = 0; j < kTileVecs; j++) {
+      IntVec four = load_ints(panel + 4 * j * W);
+      store_ints(to + 4 * j * W, low_bytes(four));
+      store_ints(to + 4 * (kTileCols + j * W), high_bytes(four));
+    }
+}
+void unpack_nibbles(const uint8_t* panel, int64_t K, uint8_t* to) {
+  for (int64_t group = 0; group < K; group += kInt4Group, panel += 2 * kTileCols)
+    for (int64_t s = 0; s < kInt4Group; s += 8, panel += 4 * kTileCols, to += 8 * kTileCols)
       UNROLL for (int j = 0; j < kTileVecs; j++) {
-        Vec scale = load((const bf16*)panel + j * W);
-        UNROLL for (int i = 0; i < M; i++) total[i][j] = multiply_add(to_floats(sum[i][j]), scale, total[i][j]);
+        UintVec eight = (UintVec)load_ints(panel + 4 * j * W);
+        store_ints(to + 4 * j * W, (IntVec)eight & 0x0F0F0F0F);
+        store_ints(to + 4 * (kTileCols + j * W), (IntVec)(eight >> 4) & 0x0F0F0F0F);
       }
-      panel += 2 * kTileCols;
+}
+
+// sum += pairs [begin, end) of an unpacked panel of integers.
+template <int M>
+INLINE void add_pairs(IntVec (&sum)[M][kTileVecs], const Rows<int16_t>& a, const uint8_t* numbers, int64_t begin,
+                      int64_t end) {
+  const uint8_t* b = numbers + 4 * begin * kTileCols;
+  for (int64_t p = begin; p < end; p++, b += 4 * kTileCols) {
+    IntVec columns[kTileVecs];
+    UNROLL for (int j = 0; j < kTileVecs; j++) columns[j] = load_ints(b + 4 * j * W);
+    UNROLL for (int i = 0; i < M; i++) {
+      IntVec pair = splat_word(a.data + i * a.stride + 2 * p);
+      UNROLL for (int j = 0; j < kTileVecs; j++) sum[i][j] = dot_pairs(sum[i][j], columns[j], pair);
+    }
+  }
+}
+
+template <int kFormat, int M>
+struct MultiplyUnpacked;
+
+template <int M>
+struct MultiplyUnpacked<kPackedFloat32, M> {
+  static INLINE void run(Vec (&total)[M][kTileVecs], const Rows<float>& a, const Unpacked& b, int64_t K) {
+    Multiply<kPackedFloat32, M>::run(total, a, b.numbers, K);
+  }
+};
+template <int M>
+struct MultiplyUnpacked<kPackedBFloat16, M> {
+  static INLINE void run(Vec (&total)[M][kTileVecs], const Rows<float>& a, const Unpacked& b, int64_t K) {
+    Multiply<kPackedFloat32, M>::run(total, a, b.numbers, K);
+  }
+};
+template <int M>
+struct MultiplyUnpacked<kPackedInt8, M> {
+  static INLINE void run(Vec (&total)[M][kTileVecs], const Rows<int16_t>& a, const Unpacked& b, int64_t K) {
+    const int64_t pairs = ceil_div(K, 4) * 2;
+    for (int64_t p = 0; p < pairs; p += kChain / 2) {
+      IntVec sum[M][kTileVecs];
+      UNROLL for (int i = 0; i < M; i++) UNROLL for (int j = 0; j < kTileVecs; j++) sum[i][j] = IntVec{};
+      add_pairs(sum, a, b.numbers, p, min(pairs, p + kChain / 2));
+      UNROLL for (int i = 0; i < M; i++)
+        UNROLL for (int j = 0; j < kTileVecs; j++) total[i][j] = total[i][j] + to_floats(sum[i][j]);
+    }
+  }
+};
+template <int M>
+struct MultiplyUnpacked<kPackedInt4, M> {
+  static INLINE void run(Vec (&total)[M][kTileVecs], const Rows<int8_t>& a, const Unpacked& b, int64_t K) {
+    constexpr int64_t kGroupBytes = kInt4Group / 2 * kTileCols;
+    const uint8_t *scales = b.panel + kGroupBytes, *numbers = b.numbers;
+    for (int64_t g = 0; g * kInt4Group < K; g++, scales += kGroupBytes + 2 * kTileCols) {
+      ShortVec sum[M][kTileVecs];
+      start_int4(sum, a, g);
+      for (int64_t s = g * kInt4Group; s < (g + 1) * kInt4Group; s += 4, numbers += 4 * kTileCols) {
+        IntVec columns[kTileVecs];
+        UNROLL for (int j = 0; j < kTileVecs; j++) columns[j] = load_ints(numbers + 4 * j * W);
+        UNROLL for (int i = 0; i < M; i++) {
+          IntVec four = splat_word(a.data + i * a.stride + s);
+          UNROLL for (int j = 0; j < kTileVecs; j++) sum[i][j] = dot_byte_pairs(sum[i][j], columns[j], four);
+        }
+      }
+      add_int4(total, sum, a, g, scales);
     }
   }
 };
 
 // out (M, kTileCols) = bias + the product of M rows and a panel.
-template <int kFormat, int M>
-NOINLINE void multiply_panel(const Rows<typename Format<kFormat>::Input>& a, const uint8_t* panel, int64_t K,
-                             const float* bias, float* out) {
+template <template <int, int> class Kernel, int kFormat, int M, class Panel>
+NOINLINE void multiply_panel(const Rows<typename Format<kFormat>::Input>& a, const Panel& b, const uint8_t* panel,
+                             int64_t K, const float* bias, float* out) {
   constexpr bool kInteger = kFormat == kPackedInt8 || kFormat == kPackedInt4;
   Vec total[M][kTileVecs];
   UNROLL for (int j = 0; j < kTileVecs; j++) {
     Vec start = bias && !kInteger ? load(bias + j * W) : Vec{};
     UNROLL for (int i = 0; i < M; i++) total[i][j] = start;
   }
-  Multiply<kFormat, M>::run(total, a, panel, K);
+  Kernel<kFormat, M>::run(total, a, b, K);
   const float* scales = (const float*)(panel + kTileCols * padded_k(kFormat, K));
   UNROLL for (int j = 0; j < kTileVecs; j++) {
-    Vec scale = kFormat == kPackedInt8 ? load(scales + j * W) : splat(1.0f);
     Vec start = bias ? load(bias + j * W) : Vec{};
     UNROLL for (int i = 0; i < M; i++) {
       Vec sum = total[i][j];
-      store(out + i * kTileCols + j * W, kInteger ? multiply_add(sum, scale * a.scale[i], start) : sum);
+      if (kFormat == kPackedInt8) sum = multiply_add(sum, load(scales + j * W) * a.scale[i * a.groups], start);
+      store(out + i * kTileCols + j * W, kFormat == kPackedInt4 ? sum + start : sum);
     }
   }
 }
 
-template <int kFormat, int M = kPackedRows<kFormat>>
-INLINE void multiply_rows(int64_t rows, const Rows<typename Format<kFormat>::Input>& a, const uint8_t* panel, int64_t K,
-                          const float* bias, float* out) {
+template <template <int, int> class Kernel, int kFormat, int M, class Panel>
+INLINE void multiply_rows(int64_t rows, const Rows<typename Format<kFormat>::Input>& a, const Panel& b,
+                          const uint8_t* panel, int64_t K, const float* bias, float* out) {
   if constexpr (M > 1) {
-    if (rows < M) return multiply_rows<kFormat, M - 1>(rows, a, panel, K, bias, out);
+    if (rows < M) return multiply_rows<Kernel, kFormat, M - 1>(rows, a, b, panel, K, bias, out);
   }
-  multiply_panel<kFormat, M>(a, panel, K, bias, out);
+  multiply_panel<Kernel, kFormat, M>(a, b, panel, K, bias, out);
 }
 
 }  // namespace

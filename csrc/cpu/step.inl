@@ -46,7 +46,7 @@ void norm_rows(const Norm& norm, float eps, const float* x, int64_t C, int64_t M
     NormForward<float, float> p = {row, nullptr, norm.weight, norm.bias, to.floats + i * to.stride, nullptr, nullptr,
                                    nullptr, C, eps, false};
     layer_norm_rows<1>(p, 0);
-    if (is_integer(format)) quantize_row(to, i, C);
+    quantize_row(format, to, i);
   });
 }
 
@@ -56,19 +56,15 @@ void attend(const Model& m, const Layer& layer, const KvCache& cache, const Step
   BY_CACHE(cache.dtype, paged_attention, cache, queries, in.sequences, in.count, &kv);
 }
 
-void quantize_for(const Packed& w, const RowBuffer& b, int64_t M) {
-  if (is_integer(w.format)) quantize_rows(b, M, w.K);
-}
-
 void run_layer(const Model& m, const Layer& layer, const KvCache& cache, const StepInput& in, const Activations& a) {
   norm_rows(layer.ln_1, m.eps, a.x, m.C, in.M, nullptr, layer.qkv.format, a.narrow);
   packed_product(layer.qkv, a.narrow.rows(), in.M, {a.qkv, 3 * m.C, kNoActivation, nullptr});
   attend(m, layer, cache, in, a.qkv, a.narrow);
-  quantize_for(layer.proj, a.narrow, in.M);
+  quantize_rows(layer.proj, a.narrow, in.M);
   packed_product(layer.proj, a.narrow.rows(), in.M, {a.x, m.C, kNoActivation, a.x});
   norm_rows(layer.ln_2, m.eps, a.x, m.C, in.M, nullptr, layer.fc.format, a.narrow);
   packed_product(layer.fc, a.narrow.rows(), in.M, {a.wide.floats, a.wide.stride, m.activation, nullptr});
-  quantize_for(layer.out, a.wide, in.M);
+  quantize_rows(layer.out, a.wide, in.M);
   packed_product(layer.out, a.wide.rows(), in.M, {a.x, m.C, kNoActivation, a.x});
 }
 
