@@ -97,6 +97,8 @@ void define_engine(py::module_& m) {
         active().pack_weight(format, {dtype, at<void>(weight), N, K, row, col}, at<uint8_t>(panels));
       },
       no_gil);
+  m.def(
+      "fingerprint", [](uintptr_t data, int64_t bytes) { return active().fingerprint(at<uint8_t>(data), bytes); }, no_gil);
   m.def("unpack_column", [](const PackedTuple& weight, int64_t n, uintptr_t out) {
     active().unpack_column(packed(weight), n, at<float>(out));
   });

@@ -136,12 +136,23 @@ def generate(model, idx, params, *, tokenizer=None, streamer=None):
     seeds = _check_seeds(params.seed, len(prompts))
     rows = [_Row(prompt, params, tokenizer) for prompt in prompts for _ in range(params.n)]
     if rows and params.max_tokens:
-        _run(model, prompts, rows, params, seeds, streamer, _known_ids(tokenizer))
+        from fastgpt.engine import in_model  # not at the top: the engine's own imports come back here
+        run = _run if in_model.why_not(model, prompts, params) else _run_on_engine
+        run(model, prompts, rows, params, seeds, streamer, tokenizer)
     return _as_tensor(rows, idx) if isinstance(idx, torch.Tensor) else [row.ids for row in rows]
 
 
-def _run(model, prompts, rows, params, seeds, streamer, known):
-    """Lets every row grow until it has ended or has max_tokens more, by ids below `known` alone."""
+def _run_on_engine(model, prompts, rows, params, seeds, streamer, tokenizer):
+    from fastgpt.engine import in_model
+    for row, token in in_model.generate(model, prompts, params, seeds, _known_ids(tokenizer), tokenizer):
+        rows[row].ids.append(token)
+        if streamer is not None:
+            streamer(row, token)
+
+
+def _run(model, prompts, rows, params, seeds, streamer, tokenizer):
+    """Lets every row grow until it has ended or has max_tokens more, by the ids that the tokenizer knows alone."""
+    known = _known_ids(tokenizer)
     S = max(len(prompt) for prompt in prompts)
     device = model.lm_head.weight.device
     pads = [S - len(prompt) for prompt in prompts]

@@ -82,6 +82,7 @@ const Kernels table = {
     []() -> int64_t { return kTileCols; },
     panel_bytes,
     pack_weight,
+    fingerprint,
     unpack_column,
     packed_linear,
     [](const KvCache& cache, const float* k, const float* v, int64_t row, const PagedSequence* sequences, int64_t count) {

@@ -241,6 +241,37 @@ void unpack_column(const Packed& w, int64_t n, float* out) {
   }
 }
 
+INLINE UintVec absorb(UintVec sum, const void* numbers) {
+  UintVec mixed = (sum ^ (UintVec)load_ints(numbers)) * 0x9E3779B1u;
+  return mixed ^ mixed >> 15;  // a product alone carries nothing downwards: flipped signs would cancel out
+}
+// A number that changes with any bit of the data: to see whether weights that were packed have changed since.
+uint64_t fingerprint(const uint8_t* data, int64_t bytes) {
+  constexpr int64_t kBlock = 1 << 20;
+  constexpr uint64_t kPrime = 0x9E3779B97F4A7C15ull;
+  uint64_t parts[64] = {};
+  const int64_t blocks = ceil_div(bytes, kBlock), tasks = min(64, blocks);
+  parallel(tasks, [&](int64_t t) {
+    for (int64_t b = t; b < blocks; b += tasks) {
+      const uint8_t* at = data + b * kBlock;
+      const int64_t n = min(kBlock, bytes - b * kBlock);
+      uint32_t lanes[4 * W], tail[4 * W] = {};
+      UintVec sum[4];
+      for (int i = 0; i < 4; i++) sum[i] = (UintVec)lane_index() + (uint32_t)(b * 64 + i);
+      int64_t k = 0;
+      for (; k + 16 * W <= n; k += 16 * W)
+        UNROLL for (int i = 0; i < 4; i++) sum[i] = absorb(sum[i], at + k + 4 * i * W);
+      memcpy(tail, at + k, n - k);
+      for (int i = 0; i < 4; i++) sum[i] = absorb(sum[i], tail + i * W);
+      memcpy(lanes, sum, sizeof lanes);
+      for (uint32_t lane : lanes) parts[t] = ((parts[t] ^ lane) * kPrime) ^ parts[t] >> 29;
+    }
+  });
+  uint64_t all = (uint64_t)bytes;
+  for (uint64_t part : parts) all = (all ^ part) * kPrime;
+  return all;
+}
+
 // ---- tiles: M rows by a panel --------------------------------------------------------------------------------------
 
 // Rows up to which a product takes a panel's numbers as they are stored. For more it pays to unpack a panel first: to

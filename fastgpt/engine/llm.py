@@ -8,6 +8,7 @@ import numpy as np
 from fastgpt import extension
 from fastgpt.config import check_int
 from fastgpt.engine import weights as weights_module
+from fastgpt.engine.memory import address
 from fastgpt.engine.pages import PageAllocator
 from fastgpt.engine.runner import CACHE_DTYPES, LANES, CpuRunner
 from fastgpt.engine.scheduler import Reservations, Scheduler
@@ -82,17 +83,20 @@ class LLM:
         with _threads(threads):
             packed = weights_module.PackedWeights(*_open(model), dtype)
         self.config, self.dtype, self.kv_cache_dtype = packed.config, dtype, cache_dtype
-        tokens = CONTEXTS * self.config.block_size if kv_cache_tokens is None else check_int(
-            "kv_cache_tokens", kv_cache_tokens, 1)
-        pages = PageAllocator(-(-tokens // page_size), page_size)
-        self._reservations = Reservations(pages)
-        self._runner = CpuRunner(packed, pages.num_pages, page_size, cache_dtype, threads)
+        self._weights, self._page_size, self._threads = packed, page_size, threads
+        self._make_cache(CONTEXTS * self.config.block_size if kv_cache_tokens is None else
+                         check_int("kv_cache_tokens", kv_cache_tokens, 1))
         self.tokenizer = _tokenizer_of(model, tokenizer)
+
+    def _make_cache(self, tokens):
+        pages = PageAllocator(-(-tokens // self._page_size), self._page_size)
+        self._runner = CpuRunner(self._weights, pages.num_pages, self._page_size, self.kv_cache_dtype, self._threads)
+        self._reservations = Reservations(pages)
 
     @property
     def weight_bytes(self):
         """Bytes of packed weights that a token reads, the head included."""
-        return self._runner.weights.streamed_bytes
+        return self._weights.streamed_bytes
 
     @property
     def free_pages(self):
@@ -106,7 +110,7 @@ class LLM:
         """
         requests, texts = self._requests(prompts, params)
         finished = {}
-        for sequence, _ in self._run(requests):
+        for sequence, _ in self._run(requests, self._endings(requests)):
             if sequence.finish_reason:
                 finished[sequence.request.order, sequence.sample] = self._completion(sequence)
         return [RequestOutput(text, list(request.prompt), [finished[request.order, sample]
@@ -118,7 +122,7 @@ class LLM:
         """As `generate`, but yields a `StreamOutput` for each token as it comes."""
         requests, _ = self._requests(prompts, params)
         streams = {}
-        for sequence, token in self._run(requests):
+        for sequence, token in self._run(requests, self._endings(requests)):
             key = sequence.request.order, sequence.sample
             text = ""
             if self.tokenizer is not None:
@@ -170,9 +174,11 @@ class LLM:
                              "the LLM more kv_cache_tokens")
         return request
 
-    def _run(self, requests):
-        """Yields (sequence, new token), step by step, until all requests have ended."""
-        endings = {request: Ending(request.params, self.tokenizer) for request in requests}
+    def _endings(self, requests):
+        return {request: Ending(request.params, self.tokenizer) for request in requests}
+
+    def _run(self, requests, endings):
+        """Yields (sequence, new token), step by step, until all requests have ended. endings: of each request."""
         with self._lock:
             scheduler = Scheduler(self._reservations, self._runner, [r for r in requests if r.params.max_tokens],
                                   self.max_step_tokens)
@@ -209,19 +215,25 @@ class LLM:
         return [s for group in groups for s in group], np.repeat(logits, [len(group) for group in groups], axis=0)
 
     def _sample(self, ready, logits):
+        """The next token of each sequence: logits (R, V), which are overwritten, -> R ids."""
         reported = [(s, row.copy()) for s, row in zip(ready, logits) if s.logprobs is not None]
-        tokens = np.empty(len(ready), np.int32)
-        known = self.config.vocab_size
-        if self.tokenizer is not None:
-            known = min(known, self.tokenizer.vocab_size)
-        _C.sample(logits.ctypes.data, self.config.vocab_size, known, [s.draw() for s in ready], tokens.ctypes.data)
-        if (tokens < 0).any():
-            raise ValueError("the model's logits are not finite: there is no distribution to draw from")
-        new = tokens.tolist()
+        new = self._choose(ready, logits)
         chosen = dict(zip(ready, new))
         for sequence, row in reported:
             sequence.logprobs.append(_log_probabilities(row, chosen[sequence], sequence.request.params.logprobs))
         return new
+
+    def _choose(self, ready, logits):
+        tokens = np.empty(len(ready), np.int32)
+        _C.sample(address(logits), logits.shape[1], self._known_ids(), [s.draw() for s in ready], address(tokens))
+        if tokens.min() < 0:
+            raise ValueError("the model's logits are not finite: there is no distribution to draw from")
+        return tokens.tolist()
+
+    def _known_ids(self):
+        """How many ids the tokenizer can decode; all without one. A model may have more, to fill up its matrices."""
+        known = self.config.vocab_size
+        return known if self.tokenizer is None else min(known, self.tokenizer.vocab_size)
 
     def _completion(self, sequence):
         ids = sequence.new_ids
