@@ -130,10 +130,19 @@ INLINE void store_bytes(int8_t* to, IntVec a) {
   memcpy(to, &bytes, sizeof bytes);
 }
 
+// By the bits, in which a NaN is above everything: one that is lost here would make a broken row look sound.
 INLINE float highest_magnitude(const float* x, int64_t n) {
-  Vec top = {};
-  for (int64_t k = 0; k < n; k += W) top = max(top, absolute(load(x + k)));
-  return reduce_max(top);
+  IntVec top = {};
+  for (int64_t k = 0; k < n; k += W) {
+    IntVec bits = as_int(absolute(load(x + k)));
+    top = bits > top ? bits : top;
+  }
+  int32_t lanes[W], highest = 0;
+  memcpy(lanes, &top, sizeof top);
+  for (int32_t lane : lanes) highest = lane > highest ? lane : highest;
+  float magnitude;
+  memcpy(&magnitude, &highest, 4);
+  return magnitude;
 }
 
 // One row as 16-bit integers times a scale, the largest magnitude / kMostInteger. Of a row with a NaN or an infinity the
