@@ -15,8 +15,18 @@ _EXPORTS = {
     "set_num_threads": "fastgpt.extension",
 }
 _MODULES = ("ops", "reference")
-__all__ = ["GPT", "GPTConfig", "LLM", "RequestOutput", "SamplingParams", "Tokenizer", "get_num_threads", "ops", "reference",
-           "set_num_threads"]
+__all__ = [
+    "GPT",
+    "LLM",
+    "GPTConfig",
+    "RequestOutput",
+    "SamplingParams",
+    "Tokenizer",
+    "get_num_threads",
+    "ops",
+    "reference",
+    "set_num_threads",
+]
 
 # torch's OpenMP threads spin for milliseconds after each of its ops, on the cores that our kernels want next; asleep, they
 # are there within microseconds. libgomp reads this once, when torch loads.

@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 
 import fastgpt
-from fastgpt import ops
-from fastgpt import extension
+from fastgpt import extension, ops
 from fastgpt.cpu.linear import bfloat16_product
 
 PACKAGES = ("fastgpt", "torch", "numpy", "triton", "transformers")

@@ -1,8 +1,11 @@
 """A small model for the engine's tests, and an LLM that remembers the logits of every token it was asked for."""
+import dataclasses
+
 import numpy as np
 import torch
 
-from fastgpt import GPT, GPTConfig, LLM
+from fastgpt import GPT, LLM, GPTConfig
+from fastgpt.extension import _C
 
 V = 61
 
@@ -42,3 +45,23 @@ def logits_of(model, tokens):
 
 def floats(row):
     return np.frombuffer(row, np.float32)
+
+
+def as_packed(llm, model):
+    """The model with the weights that the engine's products see: head and embedding are two, as they may be there."""
+    twin = GPT(dataclasses.replace(model.config, tie_word_embeddings=False))
+    twin.load_state_dict(model.state_dict())
+    weights, blocks = llm._weights, twin.transformer.h
+    with torch.no_grad():
+        _unpack(weights.head, twin.lm_head.weight)
+        _unpack(weights.embedding, twin.transformer.wte.weight)
+        for (_, qkv, proj, _, fc, out, _), block in zip(weights.layers, blocks):
+            for packed, layer in ((qkv, block.attn.c_attn), (proj, block.attn.c_proj), (fc, block.mlp.c_fc),
+                                  (out, block.mlp.c_proj)):
+                _unpack(packed, layer.weight)
+    return twin.eval()
+
+
+def _unpack(packed, weight):
+    for n in range(len(weight)):
+        _C.unpack_column(packed, n, weight[n].data_ptr())

@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from numerics import check_op
 
-from fastgpt import ops, reference
-from fastgpt import extension
+from fastgpt import extension, ops, reference
 
 SHAPES = [  # B, H, G, T, S, D, causal, with a key mask
     (1, 1, 1, 1, 1, 1, True, False),

@@ -6,8 +6,7 @@ import torch
 from numerics import check_compiled, check_op
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgpt import ops, reference
-from fastgpt import extension
+from fastgpt import extension, ops, reference
 
 MODULE = sys.modules["fastgpt.cpu.cross_entropy"]
 REDUCTIONS = ["mean", "sum", "none"]

@@ -4,8 +4,8 @@ import random
 
 import numpy as np
 import pytest
+from engines import Recorder, V, prompt, small_model
 
-from engines import V, Recorder, prompt, small_model
 from fastgpt import SamplingParams
 
 DTYPES = ("float32", "bfloat16", "int8", "int4")

@@ -2,8 +2,7 @@ import pytest
 import torch
 from numerics import check_compiled, check_op
 
-from fastgpt import ops, reference
-from fastgpt import extension
+from fastgpt import extension, ops, reference
 
 SHAPES = [(1, 1), (3, 7), (2, 5, 16), (33, 59), (4, 9, 768), (257, 111), (0, 8)]
 

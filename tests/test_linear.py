@@ -5,8 +5,7 @@ import pytest
 import torch
 from numerics import assert_accurate, check_op
 
-from fastgpt import ops, reference
-from fastgpt import extension
+from fastgpt import extension, ops, reference
 from fastgpt.cpu.gemm import matmul
 
 # rows, K, N: odd, empty, one, and more than one block of K (384 or 256)

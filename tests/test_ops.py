@@ -7,8 +7,7 @@ from processes import run_python
 from samples import samples
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgpt import cpu, ops, reference
-from fastgpt import extension
+from fastgpt import cpu, extension, ops, reference
 
 FLOATS = samples()
 

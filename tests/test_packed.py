@@ -3,10 +3,10 @@ bits of a row whatever it is multiplied with."""
 import numpy as np
 import pytest
 import torch
+from numerics import assert_accurate
 
 from fastgpt.engine.memory import address
 from fastgpt.extension import _C
-from numerics import assert_accurate
 
 pytestmark = pytest.mark.skipif(_C is None, reason="needs the extension")
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}

@@ -1,10 +1,10 @@
 """The paged KV cache's ops: pages of every size and order against attention over the whole sequences."""
 import pytest
 import torch
+from numerics import assert_accurate
 
 from fastgpt import ops, reference
 from fastgpt.paged import PagedCache
-from numerics import assert_accurate
 
 LENS = [(1, 1), (1, 200), (5, 5), (70, 130), (1, 129), (0, 40), (130, 300)]  # (new tokens, with those before)
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]

@@ -12,8 +12,7 @@ import pytest
 import torch
 from processes import run_python
 
-from fastgpt import ops
-from fastgpt import extension
+from fastgpt import extension, ops
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [str(ROOT / "tests" / "pool_stress.cpp"), str(ROOT / "csrc" / "cpu" / "pool.cpp")]

@@ -1,8 +1,8 @@
 """Attention: launchers of csrc/cpu/attention.inl and attention_backward.inl, and their PyTorch ops."""
 import torch
 
-from fastgpt.extension import _C
 from fastgpt.cpu.launch import DTYPES, dense, pointer
+from fastgpt.extension import _C
 from fastgpt.torch_op import define, needs_gradient
 
 

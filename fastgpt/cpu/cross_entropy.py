@@ -6,10 +6,10 @@ each row has a gradient of its own (reduction="none") does backward compute the 
 """
 import torch
 
-from fastgpt.extension import _C
 from fastgpt.cpu.gemm import matmul
 from fastgpt.cpu.launch import DTYPES, dense, pointer
 from fastgpt.cpu.linear import bfloat16_product
+from fastgpt.extension import _C
 from fastgpt.torch_op import _is_traced, define
 
 MIN_ROWS = 64

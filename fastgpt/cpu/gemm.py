@@ -1,8 +1,8 @@
 """The matrix product of csrc/cpu/gemm.inl on strided matrices: the launcher that linear and the fused head share."""
 import torch
 
-from fastgpt.extension import _C
 from fastgpt.cpu.launch import DTYPES, pointer
+from fastgpt.extension import _C
 
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 

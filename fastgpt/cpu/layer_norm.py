@@ -1,8 +1,8 @@
 """Layer norm, alone and behind a residual add: launchers of csrc/cpu/layer_norm.inl and their PyTorch ops."""
 import torch
 
-from fastgpt.extension import _C
 from fastgpt.cpu.launch import DTYPES, dense, pointer, rows_of
+from fastgpt.extension import _C
 from fastgpt.torch_op import define
 
 

@@ -109,14 +109,13 @@ class LLM:
         has ids outside the vocabulary raises a ValueError that names it, before anything runs.
         """
         requests, texts = self._requests(prompts, params)
-        finished = {}
+        # A request for no tokens at all has ended before it begins.
+        outputs = [[CompletionOutput(i, "", [], "length") for i in range(r.params.n)] for r in requests]
         for sequence, _ in self._run(requests, self._endings(requests)):
             if sequence.finish_reason:
-                finished[sequence.request.order, sequence.sample] = self._completion(sequence)
-        return [RequestOutput(text, list(request.prompt), [finished[request.order, sample]
-                                                           for sample in range(request.params.n)
-                                                           if (request.order, sample) in finished])
-                for request, text in zip(requests, texts)]
+                outputs[sequence.request.order][sequence.sample] = self._completion(sequence)
+        return [RequestOutput(text, list(request.prompt), of_request)
+                for request, text, of_request in zip(requests, texts, outputs)]
 
     def stream(self, prompts, params=None):
         """As `generate`, but yields a `StreamOutput` for each token as it comes."""

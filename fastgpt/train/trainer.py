@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastgpt.extension import HAS_BF16
 from fastgpt.evaluate import perplexity, plan_windows, score
+from fastgpt.extension import HAS_BF16
 from fastgpt.train.average import Average
 from fastgpt.train.config import TrainConfig
 from fastgpt.train.data import Windows
