@@ -20,9 +20,12 @@ from setuptools.errors import CompileError, PlatformError
 CHOICES = ("auto", "cpu", "cuda", "none")
 COMMON_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
                 "-ffp-contract=fast", "-fno-lto", "-Wall", "-Wno-psabi", "-g0"]
+AVX2 = ["-mavx2", "-mfma", "-mtune=haswell"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
 X86_LEVEL_FLAGS = {
-    "level_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
-    "level_avx2.cpp": ["-mavx2", "-mfma", "-mtune=haswell"],
+    "level_avx512.cpp": AVX512, "level_avx2.cpp": AVX2, "engine_avx512.cpp": AVX512, "engine_avx2.cpp": AVX2,
+    "engine_avx512_vnni.cpp": [*AVX512, "-mavx512vnni"],
+    "engine_avx512_bf16.cpp": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
 }
 # Strips the symbols and hides the C++ library's templates and the CUDA runtime from other extensions in the process.
 LINK_FLAGS = (["-Wl,-exported_symbol,_PyInit__C", "-Wl,-x"] if sys.platform == "darwin" else
@@ -30,7 +33,8 @@ LINK_FLAGS = (["-Wl,-exported_symbol,_PyInit__C", "-Wl,-x"] if sys.platform == "
 # Machine code for these, as far as nvcc knows them, and PTX of the last, from which a driver makes the rest.
 CUDA_ARCHS = ("80", "90", "100")
 # The slowest first.
-SOURCES = ["csrc/cpu/level_avx512.cpp", "csrc/cpu/level_avx2.cpp", "csrc/cpu/level_baseline.cpp", "csrc/bindings_engine.cpp",
+SOURCES = ["csrc/cpu/engine_avx512.cpp", "csrc/cpu/engine_avx512_vnni.cpp", "csrc/cpu/engine_avx512_bf16.cpp",
+           "csrc/cpu/engine_avx2.cpp", "csrc/cpu/engine_baseline.cpp", "csrc/cpu/level_avx512.cpp", "csrc/cpu/level_avx2.cpp", "csrc/cpu/level_baseline.cpp", "csrc/bindings_engine.cpp",
            "csrc/bindings.cpp",
            "csrc/cpu/isa.cpp", "csrc/cpu/pool.cpp"]
 CUDA_SOURCES = ["csrc/cuda/device.cu"]

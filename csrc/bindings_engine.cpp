@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "cpu/isa.h"
-#include "kernels.h"
 
 namespace py = pybind11;
 using namespace fastgpt;
@@ -61,7 +60,7 @@ struct Decoder {
 
   void step(uintptr_t tokens, int64_t M, uintptr_t sequences, int64_t count, uintptr_t wanted, int64_t L,
             uintptr_t logits) const {
-    active().step(model, {at<int32_t>(tokens), M, at<PagedSequence>(sequences), count, at<int32_t>(wanted), L,
+    active_engine().step(model, {at<int32_t>(tokens), M, at<PagedSequence>(sequences), count, at<int32_t>(wanted), L,
                           at<float>(logits)});
   }
 };
@@ -82,43 +81,44 @@ void sample(uintptr_t logits, int64_t stride, int64_t V, const std::vector<DrawT
   std::vector<Draw> all;
   for (const auto& t : draws) all.push_back(draw(t));
   py::gil_scoped_release release;
-  active().sample(at<float>(logits), stride, V, all.data(), (int64_t)all.size(), at<int32_t>(out));
+  active_engine().sample(at<float>(logits), stride, V, all.data(), (int64_t)all.size(), at<int32_t>(out));
 }
 
 }  // namespace
 
 void define_engine(py::module_& m) {
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
-  m.def("panel_columns", [] { return active().panel_columns(); });
-  m.def("panel_bytes", [](int format, int64_t K) { return active().panel_bytes(format, K); });
+  m.def("engine_dots", [] { return active_engine().dots; });
+  m.def("panel_columns", [] { return active_engine().panel_columns(); });
+  m.def("panel_bytes", [](int format, int64_t K) { return active_engine().panel_bytes(format, K); });
   m.def(
       "pack_weight",
       [](int format, int dtype, uintptr_t weight, int64_t N, int64_t K, int64_t row, int64_t col, uintptr_t panels) {
-        active().pack_weight(format, {dtype, at<void>(weight), N, K, row, col}, at<uint8_t>(panels));
+        active_engine().pack_weight(format, {dtype, at<void>(weight), N, K, row, col}, at<uint8_t>(panels));
       },
       no_gil);
   m.def(
-      "fingerprint", [](uintptr_t data, int64_t bytes) { return active().fingerprint(at<uint8_t>(data), bytes); }, no_gil);
+      "fingerprint", [](uintptr_t data, int64_t bytes) { return active_engine().fingerprint(at<uint8_t>(data), bytes); }, no_gil);
   m.def("unpack_column", [](const PackedTuple& weight, int64_t n, uintptr_t out) {
-    active().unpack_column(packed(weight), n, at<float>(out));
+    active_engine().unpack_column(packed(weight), n, at<float>(out));
   });
   m.def(
       "packed_linear",
       [](const PackedTuple& weight, uintptr_t x, int64_t M, int activation, uintptr_t residual, uintptr_t out) {
-        active().packed_linear(packed(weight), at<float>(x), M, activation, at<float>(residual), at<float>(out));
+        active_engine().packed_linear(packed(weight), at<float>(x), M, activation, at<float>(residual), at<float>(out));
       },
       no_gil);
   m.def(
       "store_kv",
       [](const CacheTuple& of, uintptr_t k, uintptr_t v, int64_t row, uintptr_t sequences, int64_t count) {
-        active().store_kv(cache(of), at<float>(k), at<float>(v), row, at<PagedSequence>(sequences), count);
+        active_engine().store_kv(cache(of), at<float>(k), at<float>(v), row, at<PagedSequence>(sequences), count);
       },
       no_gil);
   m.def(
       "paged_attention",
       [](const CacheTuple& of, uintptr_t q, int64_t q_row, int64_t H, float scale, uintptr_t sequences, int64_t count,
          uintptr_t out, int64_t out_row) {
-        active().paged_attention(cache(of), at<float>(q), q_row, H, scale, at<PagedSequence>(sequences), count,
+        active_engine().paged_attention(cache(of), at<float>(q), q_row, H, scale, at<PagedSequence>(sequences), count,
                                  at<float>(out), out_row);
       },
       no_gil);

@@ -3,6 +3,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "kernels.h"
+
 namespace fastgpt {
 
 enum PackedFormat : int { kPackedFloat32 = 0, kPackedBFloat16 = 1, kPackedInt8 = 2, kPackedInt4 = 3 };
@@ -77,5 +79,40 @@ struct Draw {
   const float* bias;
   int64_t biases;
 };
+
+// The engine's kernels: one instance per instruction set, and of AVX-512 per set of dot products.
+struct EngineKernels {
+  const char* dots;  // which dot products of the processor it uses beside the level's, as text
+
+  // Of a weight (N, K), ceil(N / panel_columns()) panels of panel_bytes() each.
+  int64_t (*panel_columns)();
+  int64_t (*panel_bytes)(int format, int64_t K);
+  void (*pack_weight)(int format, const Matrix& weight, uint8_t* panels);
+  uint64_t (*fingerprint)(const uint8_t* data, int64_t bytes);  // changes with any bit of the data
+  // out (K): column n as the products see it.
+  void (*unpack_column)(const Packed& weight, int64_t n, float* out);
+  // out (M, N) = activation(x weight.T + bias) + residual, of x (M, K), all float32 and contiguous; residual may be out or
+  // null.
+  void (*packed_linear)(const Packed& weight, const float* x, int64_t M, int activation, const float* residual,
+                        float* out);
+  // k, v: row r of the step's tokens at r * row, head g at g * D behind; all float32.
+  void (*store_kv)(const KvCache& cache, const float* k, const float* v, int64_t row, const PagedSequence* sequences,
+                   int64_t count);
+  // q, out: row r at r * q_row or r * out_row, head h of H at h * D behind. Query i of a sequence sees the keys up to
+  // number position + i.
+  void (*paged_attention)(const KvCache& cache, const float* q, int64_t q_row, int64_t H, float scale,
+                          const PagedSequence* sequences, int64_t count, float* out, int64_t out_row);
+  void (*step)(const Model& model, const StepInput& input);
+  // Draws a token from the first V entries of each row of logits, which lie `stride` apart and are overwritten; -1 where
+  // they are no distribution.
+  void (*sample)(float* logits, int64_t stride, int64_t V, const Draw* draws, int64_t rows, int32_t* out);
+};
+
+// Null where this build has no such level.
+extern const EngineKernels* const kEngineBaseline;
+extern const EngineKernels* const kEngineAvx2;
+extern const EngineKernels* const kEngineAvx512;
+extern const EngineKernels* const kEngineAvx512Vnni;
+extern const EngineKernels* const kEngineAvx512Bf16;  // and vnni
 
 }  // namespace fastgpt

@@ -553,13 +553,18 @@ NOINLINE void multiply_panel(const Rows<typename Format<kFormat>::Input>& a, con
   }
 }
 
+// Tiles come in few heights: a run of rows is cut into the largest that fit.
+constexpr int smaller(int M) { return M > 8 ? 8 : M > 4 ? 4 : M > 2 ? 2 : 1; }
+
+// The first rows, as many as a tile takes; returns their number.
 template <template <int, int> class Kernel, int kFormat, int M, class Panel>
-INLINE void multiply_rows(int64_t rows, const Rows<typename Format<kFormat>::Input>& a, const Panel& b,
-                          const uint8_t* panel, int64_t K, const float* bias, float* out) {
+INLINE int64_t multiply_rows(int64_t rows, const Rows<typename Format<kFormat>::Input>& a, const Panel& b,
+                             const uint8_t* panel, int64_t K, const float* bias, float* out) {
   if constexpr (M > 1) {
-    if (rows < M) return multiply_rows<Kernel, kFormat, M - 1>(rows, a, b, panel, K, bias, out);
+    if (rows < M) return multiply_rows<Kernel, kFormat, smaller(M)>(rows, a, b, panel, K, bias, out);
   }
   multiply_panel<Kernel, kFormat, M>(a, b, panel, K, bias, out);
+  return M;
 }
 
 }  // namespace

@@ -58,10 +58,10 @@ template <template <int, int> class Kernel, int kFormat, int R, class Panel>
 INLINE void multiply_part_of(const Rows<typename Format<kFormat>::Input>& rows, Part part, const Panel& b,
                              const uint8_t* panel, int64_t K, const float* bias, const Finish& finish) {
   alignas(64) float sums[R * kTileCols];
-  for (int64_t i = 0; i < part.rows; i += R) {
-    const int64_t count = min(R, part.rows - i);
-    multiply_rows<Kernel, kFormat, R>(count, rows.from(i), b, panel, K, bias, sums);
+  for (int64_t i = 0; i < part.rows;) {
+    const int64_t count = multiply_rows<Kernel, kFormat, R>(part.rows - i, rows.from(i), b, panel, K, bias, sums);
     finish_rows(finish, sums, i, count, part.col, part.cols);
+    i += count;
   }
 }
 

@@ -131,6 +131,25 @@ class LLM:
                     text += stream.flush()
             yield StreamOutput(*key, token, text, sequence.finish_reason)
 
+    def logits(self, prompt):
+        """The logits behind each token of a prompt (a text or T ids, at most the context): (T, vocab_size) float32."""
+        request, = self._requests([prompt], SamplingParams(max_tokens=0))[0]
+        request.most_tokens = len(request.prompt)
+        logits = np.empty((len(request.prompt), self.config.vocab_size), np.float32)
+        with self._lock:
+            scheduler = Scheduler(self._reservations, self._runner, [request], self.max_step_tokens)
+            try:
+                scheduler.admit()
+                done = 0
+                while done < len(logits):
+                    _, tokens, rows, _ = scheduler.plan()
+                    part = logits[done:done + len(tokens)]
+                    self._runner.step(tokens, rows, np.arange(len(tokens), dtype=np.int32), part)
+                    done += len(tokens)
+            finally:
+                scheduler.close()
+        return logits
+
     def _requests(self, prompts, params):
         """(requests, the prompts' texts or None), all checked."""
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer)))

@@ -1,0 +1,15 @@
+// Compiled with the flags of setup.py's LEVEL_FLAGS on x86-64; elsewhere there is no such level.
+#if defined(__AVX512VNNI__)
+#define DOTS "vnni"
+#include "engine.inl"
+
+namespace fastgpt {
+extern const EngineKernels* const kEngineAvx512Vnni = &table;
+}
+#else
+#include "../engine.h"
+
+namespace fastgpt {
+extern const EngineKernels* const kEngineAvx512Vnni = nullptr;
+}
+#endif

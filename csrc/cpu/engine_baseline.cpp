@@ -1,0 +1,6 @@
+#define DOTS ""
+#include "engine.inl"
+
+namespace fastgpt {
+extern const EngineKernels* const kEngineBaseline = &table;
+}
