@@ -33,10 +33,9 @@ LINK_FLAGS = (["-Wl,-exported_symbol,_PyInit__C", "-Wl,-x"] if sys.platform == "
 # Machine code for these, as far as nvcc knows them, and PTX of the last, from which a driver makes the rest.
 CUDA_ARCHS = ("80", "90", "100")
 # The slowest first.
-SOURCES = ["csrc/cpu/engine_avx512.cpp", "csrc/cpu/engine_avx512_vnni.cpp", "csrc/cpu/engine_avx512_bf16.cpp",
-           "csrc/cpu/engine_avx2.cpp", "csrc/cpu/engine_baseline.cpp", "csrc/cpu/level_avx512.cpp", "csrc/cpu/level_avx2.cpp", "csrc/cpu/level_baseline.cpp", "csrc/bindings_engine.cpp",
-           "csrc/bindings.cpp",
-           "csrc/cpu/isa.cpp", "csrc/cpu/pool.cpp"]
+SOURCES = [f"csrc/cpu/{name}.cpp" for name in (
+    "engine_avx512_bf16", "engine_avx512_vnni", "engine_avx512", "engine_avx2", "engine_baseline", "level_avx512",
+    "level_baseline", "level_avx2")] + ["csrc/bindings_engine.cpp", "csrc/bindings.cpp", "csrc/cpu/isa.cpp", "csrc/cpu/pool.cpp"]
 CUDA_SOURCES = ["csrc/cuda/device.cu"]
 HEADERS = sorted(str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".inl", ".cuh", ".map"))
 

@@ -1,5 +1,5 @@
 // One instruction set's table of the engine's kernels. Included by engine_*.cpp under level.inl's rules: internal linkage,
-// no C++ header. DOTS names the dot products that the file is compiled for.
+// no C++ header.
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -13,8 +13,8 @@
 #include "gelu.inl"
 #include "layer_norm.inl"
 #include "pack.inl"
-#include "gemm.inl"
 #include "attention.inl"
+#include "dots.inl"
 #include "packed.inl"
 #include "packed_product.inl"
 #include "paged_attention.inl"
@@ -24,8 +24,16 @@
 namespace fastgpt {
 namespace {
 
+#if defined(HALF_DOTS)
+constexpr char kDots[] = "vnni, bf16";
+#elif defined(BYTE_DOTS)
+constexpr char kDots[] = "vnni";
+#else
+constexpr char kDots[] = "";
+#endif
+
 const EngineKernels table = {
-    DOTS,
+    kDots,
     []() -> int64_t { return kTileCols; },
     panel_bytes,
     pack_weight,

@@ -1,6 +1,5 @@
 // Compiled with the flags of setup.py's LEVEL_FLAGS on x86-64; elsewhere there is no such level.
 #if defined(__AVX2__)
-#define DOTS ""
 #include "engine.inl"
 
 namespace fastgpt {

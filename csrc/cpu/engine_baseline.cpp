@@ -1,4 +1,3 @@
-#define DOTS ""
 #include "engine.inl"
 
 namespace fastgpt {

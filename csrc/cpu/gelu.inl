@@ -116,6 +116,12 @@ struct Tanh {
   static INLINE Vec grad(Vec x) { return gelu_tanh_grad(x); }
 };
 
+INLINE Vec activate(Vec z, int activation) {
+  if (activation == kGelu) return gelu_erf(z);
+  if (activation == kGeluTanh) return gelu_tanh(z);
+  return activation == kRelu ? (z < 0.0f ? Vec{} : z) : z;  // a NaN stays
+}
+
 constexpr int64_t kGeluCols = 2048;  // a task's columns at most: their biases and sums stay in L1
 
 // f(first row, rows, first column, columns) for blocks of at most `height` rows, in parallel.

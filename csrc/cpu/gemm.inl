@@ -65,12 +65,6 @@ INLINE void store_any(int dtype, void* p, int64_t index, Vec a, int lanes) {
   dtype == kFloat32 ? store_lanes((float*)p + index, a, lanes) : store_lanes((bf16*)p + index, a, lanes);
 }
 
-INLINE Vec activate(Vec z, int activation) {
-  if (activation == kGelu) return gelu_erf(z);
-  if (activation == kGeluTanh) return gelu_tanh(z);
-  return activation == kRelu ? (z < 0.0f ? Vec{} : z) : z;  // a NaN stays
-}
-
 // C = activation(sums) + residual for one tile.
 void finish_tile(const Product& p, Part tile, const float* sums) {
   const Epilogue& e = p.epilogue;

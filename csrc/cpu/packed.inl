@@ -19,25 +19,35 @@ constexpr int64_t kMostInteger = 32767;  // |16-bit row entry|: kChain products 
 template <int kFormat>
 struct Format;
 
-// Steps: how many k a step holds. kBytes: of one step of a panel.
+template <bool kFirst, class A, class B>
+struct Choose {
+  typedef A Type;
+};
+template <class A, class B>
+struct Choose<false, A, B> {
+  typedef B Type;
+};
+
+// Input: what the products take of a row.
 template <>
 struct Format<kPackedFloat32> {
-  static constexpr int64_t kSteps = 1, kBytes = 4 * kTileCols;
   typedef float Input;
 };
+#if defined(HALF_DOTS)
+constexpr bool kHalfDots = true;
+#else
+constexpr bool kHalfDots = false;
+#endif
 template <>
 struct Format<kPackedBFloat16> {
-  static constexpr int64_t kSteps = 2, kBytes = 4 * kTileCols;
-  typedef float Input;
+  typedef Choose<kHalfDots, bf16, float>::Type Input;
 };
 template <>
 struct Format<kPackedInt8> {
-  static constexpr int64_t kSteps = 4, kBytes = 4 * kTileCols;
   typedef int16_t Input;
 };
 template <>
 struct Format<kPackedInt4> {
-  static constexpr int64_t kSteps = 8, kBytes = 4 * kTileCols;
   typedef int8_t Input;
 };
 
@@ -55,65 +65,6 @@ int64_t panel_bytes(int format, int64_t K) {
   if (format == kPackedInt4) bytes = bytes / 8 + Kp / kInt4Group * 2 * kTileCols;
   return ceil_div(bytes, 64) * 64;
 }
-
-INLINE Vec absolute(Vec a) { return as_float(as_int(a) & 0x7FFFFFFF); }
-INLINE IntVec round_to_int(Vec a) {  // |a| < 2**22; halves to even
-  return as_int(a + 12582912.0f) - as_int(splat(12582912.0f));
-}
-INLINE Vec to_floats(IntVec a) { return __builtin_convertvector(a, Vec); }
-
-// Sums of integers may be regrouped, and a compiler that does so keeps more of them than there are registers: behind
-// this it must have the sum itself.
-#if defined(__x86_64__)
-#define KEEP(a) asm("" : "+x"(a))
-#else
-#define KEEP(a) asm("" : "+w"(a))
-#endif
-
-// acc + the sum of the products of each lane's two 16-bit halves.
-INLINE IntVec dot_pairs(IntVec acc, IntVec a, IntVec b) {
-#if defined(__AVX512BW__)
-  return acc + (IntVec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__) && FASTGPT_VEC_WIDTH == 8
-  return acc + (IntVec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#elif defined(__SSE2__) && FASTGPT_VEC_WIDTH == 4
-  return acc + (IntVec)_mm_madd_epi16((__m128i)a, (__m128i)b);
-#else
-  return acc + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
-#endif
-}
-typedef int16_t ShortVec __attribute__((vector_size(4 * W)));
-// Of the bytes of each 16-bit half the lower or the upper, with its sign.
-INLINE IntVec low_bytes(IntVec a) { return (IntVec)(((ShortVec)a << 8) >> 8); }
-INLINE IntVec high_bytes(IntVec a) { return (IntVec)((ShortVec)a >> 8); }
-INLINE IntVec load_ints(const void* p) {
-  IntVec a;
-  memcpy(&a, p, sizeof a);
-  return a;
-}
-INLINE IntVec splat_word(const void* p) {
-  int32_t a;
-  memcpy(&a, p, 4);
-  return a - IntVec{};
-}
-
-// acc + the sums of the products of neighbouring bytes, a's without a sign, in 16 bits.
-INLINE ShortVec dot_byte_pairs(ShortVec acc, IntVec a, IntVec b) {
-#if defined(__AVX512BW__)
-  return acc + (ShortVec)_mm512_maddubs_epi16((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__) && FASTGPT_VEC_WIDTH == 8
-  return acc + (ShortVec)_mm256_maddubs_epi16((__m256i)a, (__m256i)b);
-#else
-  ShortVec low = (ShortVec)(a & 0x00FF00FF), high = (ShortVec)((UintVec)a >> 8) & 0x00FF;
-  return acc + low * (ShortVec)low_bytes(b) + high * (ShortVec)high_bytes(b);
-#endif
-}
-// The sums of neighbouring 16-bit numbers.
-INLINE IntVec add_halves(ShortVec a) { return dot_pairs(IntVec{}, (IntVec)a, 0x00010001 - IntVec{}); }
-
-// Where in a row of 16-bit integers number k lies: fours are stored as (0, 2, 1, 3), the pairs that the bytes of a
-// 16-bit half come to.
-INLINE int64_t shuffled(int64_t k) { return (k & ~(int64_t)3) | (k & 1) << 1 | (k >> 1 & 1); }
 
 // ---- packing: a panel of floats (K, kTileCols) becomes a panel of a format -----------------------------------------
 
@@ -277,13 +228,15 @@ uint64_t fingerprint(const uint8_t* data, int64_t bytes) {
 // Rows up to which a product takes a panel's numbers as they are stored. For more it pays to unpack a panel first: to
 // floats, or to the pairs of 16-bit integers that dot_pairs takes.
 template <int kFormat>
-constexpr int kDirectRows = kFormat == kPackedFloat32 ? kTileRows : 4;
+constexpr int kDirectRows = kFormat == kPackedFloat32 || (kFormat == kPackedBFloat16 && kHalfDots) ? kTileRows : 4;
+template <int kFormat>
+constexpr bool kUnpacks = kDirectRows<kFormat> < kTileRows;
 template <int kFormat>
 constexpr int kUnpackedRows = kFormat == kPackedInt4 && FASTGPT_VEC_WIDTH < 16 ? 4 : kTileRows;
 
 constexpr int64_t kAhead = 2048;  // bytes: how far before their use the weights are asked for
 INLINE void prefetch_step(const uint8_t* at) {
-  UNROLL for (int64_t i = 0; i < Format<kPackedFloat32>::kBytes; i += 64) __builtin_prefetch(at + kAhead + i);
+  UNROLL for (int64_t i = 0; i < 4 * kTileCols; i += 64) __builtin_prefetch(at + kAhead + i);
 }
 
 // Input rows of a tile: row i begins at data + i * stride. Of integer rows, scale and sums: (rows, groups) where a group
@@ -303,8 +256,8 @@ INLINE void clear(Vec (&sum)[M][kTileVecs]) {
   UNROLL for (int i = 0; i < M; i++) UNROLL for (int j = 0; j < kTileVecs; j++) sum[i][j] = Vec{};
 }
 template <int M>
-INLINE void add_tile(Vec (&total)[M][kTileVecs], const Vec (&sum)[M][kTileVecs]) {
-  UNROLL for (int i = 0; i < M; i++) UNROLL for (int j = 0; j < kTileVecs; j++) total[i][j] = total[i][j] + sum[i][j];
+INLINE void add_tile(Vec (&result)[M][kTileVecs], const Vec (&sum)[M][kTileVecs]) {
+  UNROLL for (int i = 0; i < M; i++) UNROLL for (int j = 0; j < kTileVecs; j++) result[i][j] = result[i][j] + sum[i][j];
 }
 
 template <int kFormat, int M>
@@ -312,7 +265,7 @@ struct Multiply;
 
 template <int M>
 struct Multiply<kPackedFloat32, M> {
-  static INLINE void run(Vec (&total)[M][kTileVecs], const Rows<float>& a, const uint8_t* panel, int64_t K) {
+  static INLINE void run(Vec (&result)[M][kTileVecs], const Rows<float>& a, const uint8_t* panel, int64_t K) {
     const float* b = (const float*)panel;
     for (int64_t k = 0; k < K; k += kChain) {
       Vec sum[M][kTileVecs];
@@ -327,14 +280,36 @@ struct Multiply<kPackedFloat32, M> {
           UNROLL for (int j = 0; j < kTileVecs; j++) sum[i][j] = sum[i][j] + number * columns[j];
         }
       }
-      add_tile(total, sum);
+      add_tile(result, sum);
     }
   }
 };
 
+#if defined(HALF_DOTS)
 template <int M>
 struct Multiply<kPackedBFloat16, M> {
-  static INLINE void run(Vec (&total)[M][kTileVecs], const Rows<float>& a, const uint8_t* panel, int64_t K) {
+  static INLINE void run(Vec (&result)[M][kTileVecs], const Rows<bf16>& a, const uint8_t* panel, int64_t K) {
+    for (int64_t k = 0; k < K; k += kChain) {
+      Vec sum[M][kTileVecs];
+      clear(sum);
+      const int64_t end = min(K, k + kChain);
+      for (int64_t s = k; s < end; s += 2, panel += 4 * kTileCols) {
+        prefetch_step(panel);
+        IntVec columns[kTileVecs];
+        UNROLL for (int j = 0; j < kTileVecs; j++) columns[j] = load_ints(panel + 4 * j * W);
+        UNROLL for (int i = 0; i < M; i++) {
+          IntVec pair = splat_word(a.data + i * a.stride + s);
+          UNROLL for (int j = 0; j < kTileVecs; j++) sum[i][j] = dot_halves(sum[i][j], pair, columns[j]);
+        }
+      }
+      add_tile(result, sum);
+    }
+  }
+};
+#else
+template <int M>
+struct Multiply<kPackedBFloat16, M> {
+  static INLINE void run(Vec (&result)[M][kTileVecs], const Rows<float>& a, const uint8_t* panel, int64_t K) {
     for (int64_t k = 0; k < K; k += kChain) {
       Vec sum[M][kTileVecs];
       clear(sum);
@@ -353,14 +328,15 @@ struct Multiply<kPackedBFloat16, M> {
           }
         }
       }
-      add_tile(total, sum);
+      add_tile(result, sum);
     }
   }
 };
+#endif
 
 template <int M>
 struct Multiply<kPackedInt8, M> {
-  static INLINE void run(Vec (&total)[M][kTileVecs], const Rows<int16_t>& a, const uint8_t* panel, int64_t K) {
+  static INLINE void run(Vec (&result)[M][kTileVecs], const Rows<int16_t>& a, const uint8_t* panel, int64_t K) {
     for (int64_t k = 0; k < K; k += kChain) {
       IntVec sum[M][kTileVecs];
       UNROLL for (int i = 0; i < M; i++) UNROLL for (int j = 0; j < kTileVecs; j++) sum[i][j] = IntVec{};
@@ -383,34 +359,34 @@ struct Multiply<kPackedInt8, M> {
         }
       }
       UNROLL for (int i = 0; i < M; i++)
-        UNROLL for (int j = 0; j < kTileVecs; j++) total[i][j] = total[i][j] + to_floats(sum[i][j]);
+        UNROLL for (int j = 0; j < kTileVecs; j++) result[i][j] = result[i][j] + to_floats(sum[i][j]);
     }
   }
 };
 
-// The sums of a group of int4 numbers, which hold weight + 8: they begin at -8 times the sum of the row's numbers, half
-// of it in each of the halves that add_halves will add. None leaves 16 bits: 16 products of at most 15 * 127, and a start
-// that is the opposite of what the offset adds.
+// The sums of a group of int4 numbers, which hold weight + 8: they begin at -8 times the sum of the row's numbers. Nothing
+// leaves the 16 bits of half a sum: 16 products of at most 15 * 127, and a start that is the opposite of what the offset
+// adds.
 template <int M>
-INLINE void start_int4(ShortVec (&sum)[M][kTileVecs], const Rows<int8_t>& a, int64_t g) {
+INLINE void start_int4(ByteSums (&sum)[M][kTileVecs], const Rows<int8_t>& a, int64_t g) {
   UNROLL for (int i = 0; i < M; i++)
-    UNROLL for (int j = 0; j < kTileVecs; j++) sum[i][j] = (int16_t)(a.sums[i * a.groups + g] * -4) - ShortVec{};
+    UNROLL for (int j = 0; j < kTileVecs; j++) sum[i][j] = byte_sums_from(a.sums[i * a.groups + g] * -8);
 }
 template <int M>
-INLINE void add_int4(Vec (&total)[M][kTileVecs], const ShortVec (&sum)[M][kTileVecs], const Rows<int8_t>& a, int64_t g,
+INLINE void add_int4(Vec (&result)[M][kTileVecs], const ByteSums (&sum)[M][kTileVecs], const Rows<int8_t>& a, int64_t g,
                      const uint8_t* scales) {
   UNROLL for (int j = 0; j < kTileVecs; j++) {
     Vec scale = load((const bf16*)scales + j * W);
     UNROLL for (int i = 0; i < M; i++)
-      total[i][j] = multiply_add(to_floats(add_halves(sum[i][j])), scale * a.scale[i * a.groups + g], total[i][j]);
+      result[i][j] = multiply_add(to_floats(total(sum[i][j])), scale * a.scale[i * a.groups + g], result[i][j]);
   }
 }
 
 template <int M>
 struct Multiply<kPackedInt4, M> {
-  static INLINE void run(Vec (&total)[M][kTileVecs], const Rows<int8_t>& a, const uint8_t* panel, int64_t K) {
+  static INLINE void run(Vec (&result)[M][kTileVecs], const Rows<int8_t>& a, const uint8_t* panel, int64_t K) {
     for (int64_t g = 0; g * kInt4Group < K; g++, panel += 2 * kTileCols) {
-      ShortVec sum[M][kTileVecs];
+      ByteSums sum[M][kTileVecs];
       start_int4(sum, a, g);
       for (int64_t s = g * kInt4Group; s < (g + 1) * kInt4Group; s += 8, panel += 4 * kTileCols) {
         prefetch_step(panel);
@@ -421,13 +397,13 @@ struct Multiply<kPackedInt4, M> {
           UNROLL for (int i = 0; i < M; i++) {
             IntVec four = splat_word(a.data + i * a.stride + s + 4 * half);
             UNROLL for (int j = 0; j < kTileVecs; j++) {
-              sum[i][j] = dot_byte_pairs(sum[i][j], columns[j], four);
+              sum[i][j] = dot_bytes(sum[i][j], columns[j], four);
               KEEP(sum[i][j]);
             }
           }
         }
       }
-      add_int4(total, sum, a, g, panel);
+      add_int4(result, sum, a, g, panel);
     }
   }
 };
@@ -438,8 +414,6 @@ struct Unpacked {
   const uint8_t* numbers;
   const uint8_t* panel;
 };
-
-INLINE void store_ints(uint8_t* p, IntVec a) { memcpy(p, &a, sizeof a); }
 
 void unpack_halves(const uint8_t* panel, int64_t K, uint8_t* to) {
   for (int64_t s = 0; s < K; s += 2, panel += 4 * kTileCols, to += 8 * kTileCols)
@@ -486,47 +460,41 @@ template <int kFormat, int M>
 struct MultiplyUnpacked;
 
 template <int M>
-struct MultiplyUnpacked<kPackedFloat32, M> {
-  static INLINE void run(Vec (&total)[M][kTileVecs], const Rows<float>& a, const Unpacked& b, int64_t K) {
-    Multiply<kPackedFloat32, M>::run(total, a, b.numbers, K);
-  }
-};
-template <int M>
 struct MultiplyUnpacked<kPackedBFloat16, M> {
-  static INLINE void run(Vec (&total)[M][kTileVecs], const Rows<float>& a, const Unpacked& b, int64_t K) {
-    Multiply<kPackedFloat32, M>::run(total, a, b.numbers, K);
+  static INLINE void run(Vec (&result)[M][kTileVecs], const Rows<float>& a, const Unpacked& b, int64_t K) {
+    Multiply<kPackedFloat32, M>::run(result, a, b.numbers, K);
   }
 };
 template <int M>
 struct MultiplyUnpacked<kPackedInt8, M> {
-  static INLINE void run(Vec (&total)[M][kTileVecs], const Rows<int16_t>& a, const Unpacked& b, int64_t K) {
+  static INLINE void run(Vec (&result)[M][kTileVecs], const Rows<int16_t>& a, const Unpacked& b, int64_t K) {
     const int64_t pairs = ceil_div(K, 4) * 2;
     for (int64_t p = 0; p < pairs; p += kChain / 2) {
       IntVec sum[M][kTileVecs];
       UNROLL for (int i = 0; i < M; i++) UNROLL for (int j = 0; j < kTileVecs; j++) sum[i][j] = IntVec{};
       add_pairs(sum, a, b.numbers, p, min(pairs, p + kChain / 2));
       UNROLL for (int i = 0; i < M; i++)
-        UNROLL for (int j = 0; j < kTileVecs; j++) total[i][j] = total[i][j] + to_floats(sum[i][j]);
+        UNROLL for (int j = 0; j < kTileVecs; j++) result[i][j] = result[i][j] + to_floats(sum[i][j]);
     }
   }
 };
 template <int M>
 struct MultiplyUnpacked<kPackedInt4, M> {
-  static INLINE void run(Vec (&total)[M][kTileVecs], const Rows<int8_t>& a, const Unpacked& b, int64_t K) {
+  static INLINE void run(Vec (&result)[M][kTileVecs], const Rows<int8_t>& a, const Unpacked& b, int64_t K) {
     constexpr int64_t kGroupBytes = kInt4Group / 2 * kTileCols;
     const uint8_t *scales = b.panel + kGroupBytes, *numbers = b.numbers;
     for (int64_t g = 0; g * kInt4Group < K; g++, scales += kGroupBytes + 2 * kTileCols) {
-      ShortVec sum[M][kTileVecs];
+      ByteSums sum[M][kTileVecs];
       start_int4(sum, a, g);
       for (int64_t s = g * kInt4Group; s < (g + 1) * kInt4Group; s += 4, numbers += 4 * kTileCols) {
         IntVec columns[kTileVecs];
         UNROLL for (int j = 0; j < kTileVecs; j++) columns[j] = load_ints(numbers + 4 * j * W);
         UNROLL for (int i = 0; i < M; i++) {
           IntVec four = splat_word(a.data + i * a.stride + s);
-          UNROLL for (int j = 0; j < kTileVecs; j++) sum[i][j] = dot_byte_pairs(sum[i][j], columns[j], four);
+          UNROLL for (int j = 0; j < kTileVecs; j++) sum[i][j] = dot_bytes(sum[i][j], columns[j], four);
         }
       }
-      add_int4(total, sum, a, g, scales);
+      add_int4(result, sum, a, g, scales);
     }
   }
 };
@@ -536,17 +504,17 @@ template <template <int, int> class Kernel, int kFormat, int M, class Panel>
 NOINLINE void multiply_panel(const Rows<typename Format<kFormat>::Input>& a, const Panel& b, const uint8_t* panel,
                              int64_t K, const float* bias, float* out) {
   constexpr bool kInteger = kFormat == kPackedInt8 || kFormat == kPackedInt4;
-  Vec total[M][kTileVecs];
+  Vec result[M][kTileVecs];
   UNROLL for (int j = 0; j < kTileVecs; j++) {
     Vec start = bias && !kInteger ? load(bias + j * W) : Vec{};
-    UNROLL for (int i = 0; i < M; i++) total[i][j] = start;
+    UNROLL for (int i = 0; i < M; i++) result[i][j] = start;
   }
-  Kernel<kFormat, M>::run(total, a, b, K);
+  Kernel<kFormat, M>::run(result, a, b, K);
   const float* scales = (const float*)(panel + kTileCols * padded_k(kFormat, K));
   UNROLL for (int j = 0; j < kTileVecs; j++) {
     Vec start = bias ? load(bias + j * W) : Vec{};
     UNROLL for (int i = 0; i < M; i++) {
-      Vec sum = total[i][j];
+      Vec sum = result[i][j];
       if (kFormat == kPackedInt8) sum = multiply_add(sum, load(scales + j * W) * a.scale[i * a.groups], start);
       store(out + i * kTileCols + j * W, kFormat == kPackedInt4 ? sum + start : sum);
     }

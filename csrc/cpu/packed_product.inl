@@ -3,10 +3,10 @@
 namespace fastgpt {
 namespace {
 
-// The rows of an activation as a packed format takes them: of integer formats quantised, of the others as they are.
+// The rows of an activation: floats, and what a format's products take instead.
 struct PackedRows {
   const float* floats;  // (M, stride)
-  const void* integers;
+  const void* converted;
   const float* scale;
   const int32_t* sums;
   int64_t stride, groups;
@@ -23,7 +23,8 @@ struct Finish {
 constexpr int64_t kRowAlign = kInt4Group;  // rows are zeros from K up to a multiple of this
 INLINE int64_t row_stride(int64_t K) { return ceil_div(K, kRowAlign) * kRowAlign; }
 
-INLINE bool is_integer(int format) { return format == kPackedInt8 || format == kPackedInt4; }
+// Whether a format's products take the rows in another form than floats.
+constexpr bool converts_rows(int format) { return format != kPackedFloat32 && (format != kPackedBFloat16 || kHalfDots); }
 
 // Runs of neighbouring panels for the threads to take: long ones first, so that each thread streams through memory, and
 // shorter ones at the end, so that none waits long for the last.
@@ -42,7 +43,7 @@ struct Runs {
   }
 };
 
-INLINE void finish_rows(const Finish& f, const float* sums, int64_t row, int64_t rows, int64_t col, int64_t cols) {
+NOINLINE void finish_rows(const Finish& f, const float* sums, int64_t row, int64_t rows, int64_t col, int64_t cols) {
   for (int64_t i = 0; i < rows; i++) {
     const int64_t at = (row + i) * f.row + col;
     for_columns(cols, [&](int64_t j, int lanes) {
@@ -53,14 +54,14 @@ INLINE void finish_rows(const Finish& f, const float* sums, int64_t row, int64_t
   }
 }
 
-// A panel's columns of the rows `part`, R rows at a time.
+// The columns of one panel of all M rows, R rows at a time.
 template <template <int, int> class Kernel, int kFormat, int R, class Panel>
-INLINE void multiply_part_of(const Rows<typename Format<kFormat>::Input>& rows, Part part, const Panel& b,
-                             const uint8_t* panel, int64_t K, const float* bias, const Finish& finish) {
+INLINE void multiply_rows_of(const Rows<typename Format<kFormat>::Input>& rows, int64_t M, int64_t col, int64_t cols,
+                             const Panel& b, const uint8_t* panel, int64_t K, const float* bias, const Finish& finish) {
   alignas(64) float sums[R * kTileCols];
-  for (int64_t i = 0; i < part.rows;) {
-    const int64_t count = multiply_rows<Kernel, kFormat, R>(part.rows - i, rows.from(i), b, panel, K, bias, sums);
-    finish_rows(finish, sums, i, count, part.col, part.cols);
+  for (int64_t i = 0; i < M;) {
+    const int64_t count = multiply_rows<Kernel, kFormat, R>(M - i, rows.from(i), b, panel, K, bias, sums);
+    finish_rows(finish, sums, i, count, col, cols);
     i += count;
   }
 }
@@ -78,20 +79,22 @@ template <int kFormat>
 void multiply_packed(const Packed& w, const PackedRows& x, int64_t M, const Finish& finish) {
   typedef typename Format<kFormat>::Input Input;
   const int64_t bytes = panel_bytes(kFormat, w.K);
-  const void* data = is_integer(kFormat) ? x.integers : x.floats;
+  const void* data = converts_rows(kFormat) ? x.converted : x.floats;
   const Rows<Input> rows = {(const Input*)data, x.stride, x.scale, x.sums, x.groups};
   const Runs runs(ceil_div(w.N, kTileCols), threads());
   parallel(runs.count, [&](int64_t t) {
     for (int64_t p = runs.begin[t]; p < runs.begin[t + 1]; p++) {
-      const int64_t col = p * kTileCols;
-      Part part = {0, M, col, min(kTileCols, w.N - col)};
+      const int64_t col = p * kTileCols, cols = min(kTileCols, w.N - col);
       const uint8_t* panel = w.data + p * bytes;
       const float* bias = w.bias ? w.bias + col : nullptr;
-      if (kFormat == kPackedFloat32 || M <= kDirectRows<kFormat>)
-        multiply_part_of<Multiply, kFormat, kDirectRows<kFormat>>(rows, part, panel, panel, w.K, bias, finish);
-      else
-        multiply_part_of<MultiplyUnpacked, kFormat, kUnpackedRows<kFormat>>(rows, part, unpack<kFormat>(panel, w.K), panel,
-                                                                            w.K, bias, finish);
+      if constexpr (kUnpacks<kFormat>) {
+        if (M > kDirectRows<kFormat>) {
+          multiply_rows_of<MultiplyUnpacked, kFormat, kUnpackedRows<kFormat>>(
+              rows, M, col, cols, unpack<kFormat>(panel, w.K), panel, w.K, bias, finish);
+          continue;
+        }
+      }
+      multiply_rows_of<Multiply, kFormat, kDirectRows<kFormat>>(rows, M, col, cols, panel, panel, w.K, bias, finish);
     }
   });
 }
@@ -106,10 +109,10 @@ void packed_product(const Packed& w, const PackedRows& x, int64_t M, const Finis
 // Buffers for M rows of at most K numbers in the forms that products take; `floats` is where they are written.
 struct RowBuffer {
   float *floats, *scale;
-  void* integers;
+  void* converted;
   int32_t* sums;
   int64_t stride, groups;
-  PackedRows rows() const { return {floats, integers, scale, sums, stride, groups}; }
+  PackedRows rows() const { return {floats, converted, scale, sums, stride, groups}; }
 };
 
 // Integers in pairs as dot_pairs meets them: of four numbers the first and the third, the second and the fourth.
@@ -151,13 +154,13 @@ INLINE void quantize_to_16_bits(const RowBuffer& b, int64_t i) {
   const float* x = b.floats + i * b.stride;
   const float highest = highest_magnitude(x, b.stride), inverse = highest > 0.0f ? kMostInteger / highest : 0.0f;
   b.scale[i * b.groups] = highest / kMostInteger;
-  int16_t* to = (int16_t*)b.integers + i * b.stride;
+  int16_t* to = (int16_t*)b.converted + i * b.stride;
   for (int64_t k = 0; k < b.stride; k += W) store_pairs(to + k, round_to_int(load(x + k) * inverse));
 }
 
 // One row as 8-bit integers times a scale for each group, with the groups' sums.
 INLINE void quantize_to_8_bits(const RowBuffer& b, int64_t i) {
-  int8_t* to = (int8_t*)b.integers + i * b.stride;
+  int8_t* to = (int8_t*)b.converted + i * b.stride;
   for (int64_t g = 0; g < b.groups; g++) {
     const float* x = b.floats + i * b.stride + g * kInt4Group;
     const float highest = highest_magnitude(x, kInt4Group), inverse = highest > 0.0f ? 127.0f / highest : 0.0f;
@@ -175,7 +178,13 @@ INLINE void quantize_to_8_bits(const RowBuffer& b, int64_t i) {
   }
 }
 
-INLINE void quantize_row(int format, const RowBuffer& b, int64_t i) {
+INLINE void narrow_to_halves(const RowBuffer& b, int64_t i) {
+  bf16* to = (bf16*)b.converted + i * b.stride;
+  for (int64_t k = 0; k < b.stride; k += W) store(to + k, load(b.floats + i * b.stride + k));
+}
+
+INLINE void convert_row(int format, const RowBuffer& b, int64_t i) {
+  if (format == kPackedBFloat16 && kHalfDots) narrow_to_halves(b, i);
   if (format == kPackedInt8) quantize_to_16_bits(b, i);
   if (format == kPackedInt4) quantize_to_8_bits(b, i);
 }
@@ -195,15 +204,15 @@ INLINE void for_rows(int64_t M, int64_t K, F f) {
 }
 
 // The rows in b.floats as the products with w take them.
-void quantize_rows(const Packed& w, const RowBuffer& b, int64_t M) {
-  if (is_integer(w.format)) for_rows(M, w.K, [&](int64_t i) { quantize_row(w.format, b, i); });
+void convert_rows(const Packed& w, const RowBuffer& b, int64_t M) {
+  if (converts_rows(w.format)) for_rows(M, w.K, [&](int64_t i) { convert_row(w.format, b, i); });
 }
 
 INLINE RowBuffer take_rows(Arena& arena, int64_t M, int64_t K) {
   RowBuffer b;
   b.stride = row_stride(K), b.groups = b.stride / kInt4Group;
   b.floats = arena.take(M * b.stride);
-  b.integers = arena.take(M * b.stride / 2);
+  b.converted = arena.take(M * b.stride / 2);
   b.scale = arena.take(M * b.groups);
   b.sums = (int32_t*)arena.take(M * b.groups);
   if (K < b.stride)
@@ -219,7 +228,7 @@ void packed_linear(const Packed& w, const float* x, int64_t M, int activation, c
   Arena arena{(float*)scratch(kStepScratch, sizeof(float) * row_buffer_floats(M, w.K))};
   RowBuffer rows = take_rows(arena, M, w.K);
   for (int64_t i = 0; i < M; i++) memcpy(rows.floats + i * rows.stride, x + i * w.K, sizeof(float) * w.K);
-  quantize_rows(w, rows, M);
+  convert_rows(w, rows, M);
   packed_product(w, rows.rows(), M, {out, w.N, activation, residual});
 }
 

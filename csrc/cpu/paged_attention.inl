@@ -170,7 +170,7 @@ struct PagedQueries {
 };
 
 template <int R, class T>
-INLINE void attend_tile(const HeadPages<T>& pages, int64_t key, int64_t first, float* Q, int64_t Dp, SoftmaxRow* rows,
+NOINLINE void attend_tile(const HeadPages<T>& pages, int64_t key, int64_t first, float* Q, int64_t Dp, SoftmaxRow* rows,
                         float* P, float* PV, float* O) {
   int64_t most = 0, least = kKeys;
   for (int64_t i = 0; i < R; i++) {
@@ -193,13 +193,13 @@ INLINE void attend_tile(const HeadPages<T>& pages, int64_t key, int64_t first, f
   }
 }
 
-template <class T, int R = kQueryRows>
-INLINE void attend_rows(int64_t count, const HeadPages<T>& pages, int64_t key, int64_t first, float* Q, int64_t Dp,
-                        SoftmaxRow* rows, float* P, float* PV, float* O) {
-  if constexpr (R > 1) {
-    if (count < R) return attend_rows<T, R - 1>(count, pages, key, first, Q, Dp, rows, P, PV, O);
-  }
-  attend_tile<R>(pages, key, first, Q, Dp, rows, P, PV, O);
+// The first rows, as many as a tile takes (4, 2 or 1); returns their number.
+template <class T>
+INLINE int64_t attend_rows(int64_t count, const HeadPages<T>& pages, int64_t key, int64_t first, float* Q, int64_t Dp,
+                           SoftmaxRow* rows, float* P, float* PV, float* O) {
+  if (count >= 4) return attend_tile<4>(pages, key, first, Q, Dp, rows, P, PV, O), 4;
+  if (count >= 2) return attend_tile<2>(pages, key, first, Q, Dp, rows, P, PV, O), 2;
+  return attend_tile<1>(pages, key, first, Q, Dp, rows, P, PV, O), 1;
 }
 
 // Head h of `count` queries of a sequence from position `position` on, which are rows `row` ... of q.
@@ -217,8 +217,8 @@ void attend_queries(const PagedQueries& a, const HeadPages<T>& pages, int64_t h,
   }
   memset(O, 0, sizeof(float) * count * Dp);
   for (int64_t key = 0; key < position + count; key += kKeys)
-    for (int64_t i = 0; i < count; i += kQueryRows)
-      attend_rows<T>(min(kQueryRows, count - i), pages, key, position + i, Q + i * Dp, Dp, rows + i, P, PV, O + i * Dp);
+    for (int64_t i = 0; i < count;)
+      i += attend_rows<T>(count - i, pages, key, position + i, Q + i * Dp, Dp, rows + i, P, PV, O + i * Dp);
   for (int64_t i = 0; i < count; i++)
     narrow_row(a.out + (row + i) * a.out_row + h * D, O + i * Dp, D, 1.0f / reduce_add(rows[i].sum));
 }

@@ -46,7 +46,7 @@ void norm_rows(const Norm& norm, float eps, const float* x, int64_t C, int64_t M
     NormForward<float, float> p = {row, nullptr, norm.weight, norm.bias, to.floats + i * to.stride, nullptr, nullptr,
                                    nullptr, C, eps, false};
     layer_norm_rows<1>(p, 0);
-    quantize_row(format, to, i);
+    convert_row(format, to, i);
   });
 }
 
@@ -60,11 +60,11 @@ void run_layer(const Model& m, const Layer& layer, const KvCache& cache, const S
   norm_rows(layer.ln_1, m.eps, a.x, m.C, in.M, nullptr, layer.qkv.format, a.narrow);
   packed_product(layer.qkv, a.narrow.rows(), in.M, {a.qkv, 3 * m.C, kNoActivation, nullptr});
   attend(m, layer, cache, in, a.qkv, a.narrow);
-  quantize_rows(layer.proj, a.narrow, in.M);
+  convert_rows(layer.proj, a.narrow, in.M);
   packed_product(layer.proj, a.narrow.rows(), in.M, {a.x, m.C, kNoActivation, a.x});
   norm_rows(layer.ln_2, m.eps, a.x, m.C, in.M, nullptr, layer.fc.format, a.narrow);
   packed_product(layer.fc, a.narrow.rows(), in.M, {a.wide.floats, a.wide.stride, m.activation, nullptr});
-  quantize_rows(layer.out, a.wide, in.M);
+  convert_rows(layer.out, a.wide, in.M);
   packed_product(layer.out, a.wide.rows(), in.M, {a.x, m.C, kNoActivation, a.x});
 }
 
