@@ -80,6 +80,8 @@ def _add_generate(parser):
     add("--seed", type=int, metavar="N", help="the same seed gives the same text (default: another one each time)")
     add("--n", type=int, default=1, metavar="N", help="texts to write (default: 1); several come whole, one by one")
     add("--stop", action="append", metavar="TEXT", help="end where this text would come; may be given several times")
+    add("--dtype", choices=("float32", "bfloat16", "int8", "int4"), help="of the weights that are multiplied by (default: "
+        "float32); on the CPU only")
     add("--no-compare", action="store_true", help="do not measure the same model in plain PyTorch afterwards")
     parser.set_defaults(run=run_generate)
 
@@ -114,6 +116,9 @@ def run_generate(args):
         top_p=args.top_p, min_p=args.min_p, repetition_penalty=args.repetition_penalty, n=args.n, seed=seed,
         stop=args.stop)
     model, tokenizer = _load(args)
+    if args.dtype is not None:
+        from fastgpt.engine import in_model
+        in_model.use_dtype(model, args.dtype)
     talk.write(model, tokenizer, prompt, params)
     if not args.no_compare:
         print(talk.compare(model, tokenizer, prompt, params), file=sys.stderr)

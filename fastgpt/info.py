@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def report():
     """The versions, the processor and its levels, the threads, the build, the GPU, and who answers each op: as text."""
-    sections = [_versions(), _processor(), _threads(), _build(), _gpu(), _environment(), _ops()]
+    sections = [_versions(), _processor(), _threads(), _build(), _engine(), _gpu(), _environment(), _ops()]
     return "\n".join(line for section in sections for line in section)
 
 
@@ -70,6 +70,17 @@ def _threads():
 
 def _build():
     return [_row("build", extension._C.BUILD if extension._C else extension.MISSING)]
+
+
+def _engine():
+    """What fastgpt.LLM and GPT.generate run on."""
+    if extension._C is None:
+        return [_row("engine", f"none, GPT.generate runs the model's ops: {extension.MISSING}")]
+    dots = extension._C.engine_dots() or "none beside the level's own"
+    return [_row("engine", f"C++ on the CPU for fastgpt.LLM, and for GPT.generate with float32 or bfloat16 weights; dot "
+                           f"products: {dots}"),
+            _row("", "GPT.generate runs the model's ops on other devices, under autocast, past the context, and for models "
+                     "with hooks or other modules")]
 
 
 def _gpu():

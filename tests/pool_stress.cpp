@@ -27,7 +27,7 @@ void expect(bool condition, const char* what) {
 
 template <class F>
 void parallel(int64_t tasks, F f) {
-  run_tasks(tasks, [](void* context, int64_t i) { (*(F*)context)(i); }, &f);
+  run_tasks(tasks, [](void* context, int64_t i) { (*(F*)context)(i); }, &f, kOpSpins);
 }
 
 // The tasks write plain integers: a task that ran twice, or after its job had ended, is a data race too.

@@ -79,7 +79,10 @@ INLINE ByteSums dot_bytes(ByteSums acc, IntVec a, IntVec b) {
 #else
 typedef ShortVec ByteSums;
 // start: even; half of it in each half.
-INLINE ByteSums byte_sums_from(int32_t start) { return (int16_t)(start / 2) - ShortVec{}; }
+INLINE ByteSums byte_sums_from(int32_t start) {
+  const int16_t half = (int16_t)(start / 2);
+  return half - ShortVec{};
+}
 INLINE IntVec total(ByteSums a) { return dot_pairs(IntVec{}, (IntVec)a, 0x00010001 - IntVec{}); }
 INLINE ByteSums dot_bytes(ByteSums acc, IntVec a, IntVec b) {
 #if defined(__AVX512BW__)

@@ -1,5 +1,6 @@
 // One instruction set's table of the engine's kernels. Included by engine_*.cpp under level.inl's rules: internal linkage,
 // no C++ header.
+#define FASTGPT_ENGINE
 #include <math.h>
 #include <stdint.h>
 #include <string.h>

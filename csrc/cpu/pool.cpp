@@ -35,7 +35,6 @@
 namespace fastgpt {
 namespace {
 
-constexpr int kWorkerSpins = 400;   // about 10 us between jobs: a pause takes 20 to 45 ns
 constexpr int kCallerSpins = 1500;  // for the last tasks of a job, which are running already
 constexpr int kCacheLine = 64;
 
@@ -72,6 +71,7 @@ struct Pool {
   void (*task)(void*, int64_t) = nullptr;
   void* context = nullptr;
   std::atomic<int> caller_cpu{-1};
+  std::atomic<int> spins{kOpSpins};
   alignas(kCacheLine) std::atomic<uint64_t> generation{0};  // counts the jobs: what the workers watch
   alignas(kCacheLine) std::atomic<int64_t> next{0};         // the first task that nobody has taken
   alignas(kCacheLine) std::atomic<int> inside{0};           // workers that may look at the job
@@ -94,7 +94,8 @@ struct Pool {
     return (int)workers.size();
   }
 
-  void run(int64_t count, void (*function)(void*, int64_t), void* argument) {
+  void run(int64_t count, void (*function)(void*, int64_t), void* argument, int patience) {
+    spins.store(patience);
     tasks = count;
     task = function;
     context = argument;
@@ -136,7 +137,7 @@ struct Pool {
   }
 
   bool wait_for_job(uint64_t seen) {
-    for (int i = 0; i < kWorkerSpins; i++) {
+    for (int i = 0; i < spins.load(); i++) {
       if (generation.load() != seen) return true;
       PAUSE();
     }
@@ -206,13 +207,13 @@ struct ScratchBuffers {
 
 }  // namespace
 
-void run_tasks(int64_t tasks, void (*task)(void*, int64_t), void* context) {
+void run_tasks(int64_t tasks, void (*task)(void*, int64_t), void* context, int spins) {
   if (tasks > 1 && thread_count > 1 && !in_task) {
     Pool& p = current_pool();
     std::unique_lock<std::mutex> owner(p.busy, std::try_to_lock);
     if (owner) {
       InTask mark;
-      p.run(tasks, task, context);
+      p.run(tasks, task, context, spins);
       return;
     }
   }

@@ -8,7 +8,10 @@ namespace fastgpt {
 // Runs task(context, 0 .. tasks - 1), each once, on up to threads() threads, the caller among them. Which thread runs
 // a task is left to chance, so a task's result must not depend on it. Called from within a task, or while another
 // thread is using the pool, it runs them all on the calling thread.
-void run_tasks(int64_t tasks, void (*task)(void* context, int64_t index), void* context);
+// spins: how long the other threads look out for the next job before they sleep.
+void run_tasks(int64_t tasks, void (*task)(void* context, int64_t index), void* context, int spins);
+constexpr int kOpSpins = 400;       // about 10 us, a pause takes 20 to 45 ns: other pools want the cores next
+constexpr int kEngineSpins = 4000;  // about 100 us: the next step's first job comes after some Python
 
 int threads();
 void set_threads(int count);

@@ -210,10 +210,15 @@ INLINE IntVec lane_index() {
   return a;
 }
 
+#if defined(FASTGPT_ENGINE)
+constexpr int kSpins = kEngineSpins;
+#else
+constexpr int kSpins = kOpSpins;
+#endif
 // Calls task(i) for i in 0 .. count - 1 on the pool.
 template <class Task>
 INLINE void parallel(int64_t count, Task task) {
-  run_tasks(count, [](void* context, int64_t index) { (*(Task*)context)(index); }, &task);
+  run_tasks(count, [](void* context, int64_t index) { (*(Task*)context)(index); }, &task, kSpins);
 }
 
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -12,7 +12,16 @@ from fastgpt.extension import _C, MISSING
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _engines = weakref.WeakKeyDictionary()  # model -> (what its weights were, its engine)
+_dtypes = weakref.WeakKeyDictionary()  # model -> the dtype of its engine's weights, where it is not the model's
 _lock = threading.Lock()
+
+
+def use_dtype(model, dtype):
+    """From now on `model.generate` multiplies by weights of `dtype`, as `fastgpt.LLM` names them."""
+    refusal = why_not(model)
+    if refusal:
+        raise ValueError(f"dtype {dtype} needs the decode engine, which can't take this model: {refusal}")
+    _dtypes[model] = dtype
 
 
 def why_not(model, prompts=(), params=None):
@@ -21,13 +30,13 @@ def why_not(model, prompts=(), params=None):
     if MISSING:
         return MISSING
     weight = model.lm_head.weight
+    dtypes = {p.dtype for p in model.parameters()}
+    if len(dtypes) > 1 or weight.dtype not in DTYPES:
+        return f"its weights are {', '.join(sorted(map(str, dtypes)))}; it takes float32 or bfloat16"
     if ops.resolve("linear", weight)[0] != "cpp":
         return f"the model's ops run on {ops.resolve('linear', weight)[0]}"
     if torch.is_autocast_enabled(weight.device.type):
         return "autocast is on"
-    dtypes = {p.dtype for p in model.parameters()}
-    if len(dtypes) > 1 or weight.dtype not in DTYPES:
-        return f"its weights are {', '.join(sorted(map(str, dtypes)))}; it takes float32 or bfloat16"
     if model.training and max(model.config.rate(name) for name in ("embd", "attn", "resid")) > 0:
         return "the model is in training mode, with dropout"
     if type(model) is not GPT or _is_altered(model):
@@ -63,8 +72,8 @@ def generate(model, prompts, params, seeds, known, tokenizer):
 class _Engine(LLM):
     """One generation at a time; without a seed it draws from torch's generator, the numbers that nanoGPT would draw."""
 
-    def __init__(self, model):
-        super().__init__(model, DTYPES[model.lm_head.weight.dtype], kv_cache_tokens=model.config.block_size)
+    def __init__(self, model, dtype):
+        super().__init__(model, dtype, kv_cache_tokens=model.config.block_size)
         self._turn = threading.RLock()
         self._known, self._torch_draws = None, False
 
@@ -114,10 +123,16 @@ def _counts(sequences, V):
 def _engine_of(model):
     """The model's engine, made anew when a weight has changed since it was packed."""
     with _lock:
-        state = (_C.active_level(), *((name, p.dtype, _C.fingerprint(p.data_ptr(), p.nbytes) if p.is_contiguous() else None)
-                                      for name, p in model.named_parameters()))
+        dtype = _dtypes.get(model, DTYPES[model.lm_head.weight.dtype])
+        state = dtype, _C.active_level(), [_fingerprint(p) for p in model.parameters()]
         before, engine = _engines.get(model, (None, None))
-        if before != state or not all(p.is_contiguous() for p in model.parameters()):
-            engine = _Engine(model)
+        if before != state:
+            engine = _Engine(model, dtype)
             _engines[model] = state, engine
         return engine
+
+
+def _fingerprint(parameter):
+    """A tensor's shape, dtype and a hash of its bits: 25 ms for GPT-2 124M, whatever way its weights were changed."""
+    dense = parameter.detach().contiguous()
+    return parameter.shape, parameter.dtype, _C.fingerprint(dense.data_ptr(), dense.nbytes)

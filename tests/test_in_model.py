@@ -1,0 +1,127 @@
+"""`GPT.generate` on the engine: when it takes over, and that it never answers with weights of the past."""
+import copy
+
+import pytest
+import torch
+
+from engines import small_model
+from fastgpt import GPT, SamplingParams, ops
+from fastgpt.engine import in_model
+
+pytestmark = pytest.mark.skipif(bool(in_model.MISSING), reason="needs the extension")
+PARAMS = SamplingParams(max_tokens=9)
+
+
+def greedy(model):
+    return model.generate([[1, 2, 3]], 9, temperature=0)[0]
+
+
+def by_the_ops(model):
+    with ops.backend("reference"):
+        return greedy(model)
+
+
+CHANGES = {
+    "in place": lambda m: m.transformer.h[1].mlp.c_fc.weight.mul_(-1),
+    "by .data": lambda m: m.transformer.h[0].attn.c_attn.weight.data.neg_(),
+    "another tensor": lambda m: setattr(m.transformer.h[0].mlp.c_proj, "weight",
+                                        torch.nn.Parameter(-m.transformer.h[0].mlp.c_proj.weight)),
+    "a state dict": lambda m: m.load_state_dict(small_model(initializer_range=0.3).state_dict()),
+    "a bias": lambda m: m.transformer.ln_f.bias.add_(torch.randn(35)),
+    "positions": lambda m: m.transformer.wpe.weight.copy_(m.transformer.wpe.weight.flip(0)),
+    "numpy": lambda m: m.lm_head.weight.detach().numpy().__imul__(-1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_changed_weights_are_seen(change):
+    model = small_model(initializer_range=0.4)
+    before = greedy(model)
+    assert before == by_the_ops(model)
+    CHANGES[change](model)
+    assert greedy(model) == by_the_ops(model) != before
+
+
+def test_the_engine_is_kept_while_nothing_changes_and_goes_with_the_model():
+    model = small_model()
+    greedy(model)
+    engine = in_model._engines[model][1]
+    greedy(model)
+    assert in_model._engines[model][1] is engine
+    other = copy.deepcopy(model)
+    assert other not in in_model._engines
+    count = len(in_model._engines)
+    del model, engine
+    assert len(in_model._engines) == count - 1
+
+
+class Doubled(GPT):
+    pass
+
+
+REFUSALS = {
+    "dropout": (lambda: small_model(dropout=0.1).train(), "training mode"),
+    "double": (lambda: small_model().double(), "float64"),
+    "mixed": (lambda: _mixed(), "bfloat16, torch.float32"),
+    "hook": (lambda: _hooked(), "hooks"),
+    "module": (lambda: _replaced(), "replaced"),
+    "forward": (lambda: _patched(), "replaced"),
+    "subclass": (lambda: Doubled(small_model().config).eval(), "not a plain"),
+}
+
+
+def _mixed():
+    model = small_model()
+    model.transformer.ln_f.bfloat16()
+    return model
+
+
+def _hooked():
+    model = small_model()
+    model.transformer.h[0].register_forward_hook(lambda *_: None)
+    return model
+
+
+def _replaced():
+    model = small_model()
+    model.transformer.h[0].mlp = torch.nn.Identity()
+    return model
+
+
+def _patched():
+    model = small_model()
+    model.transformer.h[0].forward = model.transformer.h[0].forward
+    return model
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_models_that_it_cannot_take(kind):
+    make, reason = REFUSALS[kind]
+    assert reason in in_model.why_not(make())
+
+
+def test_calls_that_it_leaves_to_the_ops():
+    model = small_model()
+    assert in_model.why_not(model, [[1, 2]], PARAMS) is None
+    assert "longer than the context" in in_model.why_not(model, [[1] * 300], PARAMS)
+    with ops.backend("reference"):
+        assert "reference" in in_model.why_not(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "autocast" in in_model.why_not(model)
+
+
+def test_more_rows_than_the_cache_held():
+    model = small_model()
+    assert len(model.generate(torch.tensor([[1, 2, 3]]), 200, temperature=0, n=9)) == 9
+    rows = model.generate([[i] for i in range(40)], 100, temperature=0)
+    assert rows[7] == model.generate([[7]], 100, temperature=0)[0]
+
+
+def test_another_dtype():
+    model = small_model()
+    in_model.use_dtype(model, "int8")
+    assert len(greedy(model)) == 12
+    assert in_model._engines[model][1].dtype == "int8"
+    with pytest.raises(ValueError, match="decode engine"):
+        in_model.use_dtype(small_model().double(), "int8")
