@@ -4,6 +4,7 @@ A child makes a `Parent` and serves it; the parent holds it as a `Process` and p
 others. The child is idle between its turns. Messages are JSON lines: the child's first one says that it is ready, each
 later one answers a "go". Standard library only: a child may be run by any Python.
 """
+import contextlib
 import json
 import os
 import select
@@ -15,16 +16,28 @@ from benchmarks.timing import Failure, Sample
 
 
 class Process:
-    """A contestant that `command` starts. limit: seconds of its start, and of each step. head: its first message."""
+    """A contestant that `command` starts. limit: seconds of its start, and of each step. head: its first message.
 
-    def __init__(self, name, command, *, env=None, limit=600.0):
+    env: what is added to this process's environment, and, where a value is None, taken from it. log: the file to which
+    it adds what the child prints, which goes to this process's stderr otherwise.
+    """
+
+    def __init__(self, name, command, *, env=None, limit=600.0, log=None):
         self.name, self.command, self.limit, self.head = name, command, limit, None
-        self.env = {**os.environ, **(env or {})}
-        self.child = None
+        self.env = {key: value for key, value in {**os.environ, **(env or {})}.items() if value is not None}
+        self.log, self.child = log, None
 
     def prepare(self):
-        self.child = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self.env)
+        with open(self.log, "ab") if self.log else contextlib.nullcontext() as log:
+            self._start(log)
         self.head = self._read()
+
+    def _start(self, log):
+        try:
+            self.child = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                                          env=self.env)
+        except OSError as error:
+            raise Failure(f"{self.command[0]} can't be started: {error.strerror}") from None
 
     def sample(self, evict=None):
         """One step of the child, timed by itself. Its caches are as cold as the contestants before have left them."""

@@ -1,0 +1,76 @@
+"""One engine at one scenario, in a process of its own. Started by bench_generate:
+
+python -m benchmarks.generation NAME PRECISION THREADS SOURCE FOLDER BATCH PROMPT NEW
+python -m benchmarks.generation --make NAME PRECISION SOURCE FOLDER
+
+The second writes the engine's files into FOLDER. Standard library alone, but for the engine itself.
+"""
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.peers import ENGINES
+from benchmarks.processes import Parent, memory_mb, reset_peak
+
+
+def random_prompts(vocab, batch, length, seed):
+    """The same for every engine; another seed each round, so that no engine has them in a cache of prefixes."""
+    draw = random.Random(seed)
+    return [[draw.randrange(vocab) for _ in range(length)] for _ in range(batch)]
+
+
+def timed(engine, prompts, new):
+    """-> (the new ids, {the seconds to the first token, and to each later one of the batch})."""
+    start = time.perf_counter()
+    ids, times = engine.generate(prompts, new)
+    if [len(row) for row in ids] != [new] * len(prompts) or len(times) != new:
+        raise ValueError(f"gave {[len(row) for row in ids]} ids in {len(times)} steps, expected {new}")
+    values = {"first_seconds": times[0] - start, "token_seconds": None}
+    if new > 1:
+        values["token_seconds"] = (times[-1] - times[0]) / ((new - 1) * len(prompts))
+    return ids, values
+
+
+def serve(parent, name, precision, threads, source, folder, *shape):
+    batch, length, new = map(int, shape)
+    vocab = json.loads(Path(source, "config.json").read_text())["vocab_size"]
+    engine = ENGINES[name].adapter().Engine(source, folder, precision, int(threads))
+    load_mb = memory_mb()
+    reset_peak()
+    ids, warm = timed(engine, random_prompts(vocab, batch, length, 0), new)
+    seeds = iter(range(1, 1_000_000))
+
+    def step():
+        _, values = timed(engine, random_prompts(vocab, batch, length, next(seeds)), new)
+        return {**values, "peak_mb": memory_mb()}
+
+    parent.serve(step, ids=ids, warm=warm, load_mb=load_mb, version=engine.version,
+                 weight_bytes=int(engine.weight_bytes))
+
+
+def make(parent, name, precision, source, folder):
+    Path(folder).mkdir(parents=True)
+    ENGINES[name].adapter().make(source, folder, precision)
+    parent.serve(dict)
+
+
+def reason(error):
+    """One line."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed: pip install '.[peers]'"
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
+
+
+def main(argv):
+    parent = Parent()
+    try:
+        make(parent, *argv[1:]) if argv[0] == "--make" else serve(parent, *argv)
+    except Exception as error:  # whatever an engine raises is why it has no figures
+        parent.refuse(reason(error))
+        raise
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

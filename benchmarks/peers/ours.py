@@ -1,0 +1,25 @@
+"""fastgpt itself."""
+import importlib.metadata
+import time
+
+import fastgpt
+
+
+def make(source, folder, precision):
+    """Nothing: fastgpt packs a Hugging Face folder while it loads it."""
+
+
+class Engine:
+    version = f"fastgpt {importlib.metadata.version('fastgpt')}"
+
+    def __init__(self, source, folder, precision, threads):
+        self.llm = fastgpt.LLM(source, dtype=precision, threads=threads)
+        self.weight_bytes = self.llm.weight_bytes
+
+    def generate(self, prompts, new):
+        ids, times = [[] for _ in prompts], [0.0] * new
+        params = fastgpt.SamplingParams(max_tokens=new, temperature=0, ignore_eos=True)
+        for event in self.llm.stream(prompts, params):
+            times[len(ids[event.index])] = time.perf_counter()  # the last prompt's token ends a step
+            ids[event.index].append(event.token_id)
+        return ids, times
