@@ -1,0 +1,128 @@
+"""The contestants of the decode benchmark: the models' files, the processes, and the check of every engine's tokens."""
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.decoding import MODELS
+from benchmarks.generation import random_prompts
+from benchmarks.peers import ENGINES, OURS
+from benchmarks.processes import Process
+from benchmarks.timing import Failure
+from fastgpt import GPT, ops
+
+CHECKED_ROWS = 2
+# How far a token's logit may lie below the largest, in standard deviations of the logits, under the float32 reference.
+# Of ours in float32, each token: both sides' rounding, far below the distance between likely tokens.
+TIE = 1e-4
+# Of all the others the mean over the tokens: what a 16-bit cache of keys and values and rounded weights may cost. A token
+# chosen by chance lies 4 below (2 among 33 tokens).
+MEAN_SHORTFALL = {"float32": 0.02, "bfloat16": 0.05, "int8": 0.1, "int4": 0.8}
+
+
+class Models:
+    """The models with random weights, and each engine's files of them, made when first asked for and kept in `folder`.
+
+    pythons: engine -> the Python that has it, where it is not this one. log: the file for what the engines print.
+    """
+
+    def __init__(self, folder, pythons, log):
+        self.folder, self.pythons, self.log = Path(folder), pythons, log
+        self.models, self.failures = {}, {}
+
+    def model(self, name):
+        if name not in self.models:
+            torch.manual_seed(0)
+            self.models[name] = GPT(MODELS[name]).eval()
+        return self.models[name]
+
+    def source(self, name):
+        path = self.folder / name / "huggingface"
+        if not path.exists():
+            self.model(name).save_pretrained(path)
+        return path
+
+    def command(self, engine, *arguments):
+        return [self.pythons.get(engine, sys.executable), "-m", "benchmarks.generation", *map(str, arguments)]
+
+    def files(self, name, engine, precision):
+        """The folder of an engine's own files. Raises Failure, again and again, where they can't be made."""
+        path = self.folder / name / f"{engine}-{precision}"
+        if path.exists():
+            return path
+        if path not in self.failures:
+            self.failures[path] = self._make(path, engine, precision, self.source(name))
+        if self.failures[path]:
+            raise Failure(self.failures[path])
+        return path
+
+    def _make(self, path, engine, precision, source):
+        """-> Why it could not be made, or None."""
+        part = path.with_name(f"{path.name}.part")
+        maker = Process(engine, self.command(engine, "--make", engine, precision, source, part), log=self.log)
+        try:
+            maker.prepare()
+        except Failure as failure:
+            return str(failure)
+        finally:
+            maker.close()
+        part.rename(path)
+        return None
+
+
+class Contestant(Process):
+    """An engine at one dtype, on so many threads, in one scenario. cap: seconds that a run may take."""
+
+    def __init__(self, name, engine, dtype, threads, scenario, models, cap):
+        self.engine, self.dtype, self.scenario, self.models, self.cap = engine, dtype, scenario, models, cap
+        self.precision = ENGINES[engine].precisions.get(dtype)
+        self.threads = threads
+        # Every rival under its own defaults: `import fastgpt` has set the first in this process.
+        super().__init__(name, None, env={"OMP_WAIT_POLICY": None, "OMP_NUM_THREADS": str(threads)}, log=models.log)
+
+    def prepare(self):
+        if self.precision is None:
+            raise Failure(f"{self.engine} has no {self.dtype} here")
+        s = self.scenario
+        folder = self.models.files(s.model, self.engine, self.precision)
+        self.command = self.models.command(self.engine, self.engine, self.precision, self.threads,
+                                           self.models.source(s.model), folder, s.batch, s.prompt, s.new)
+        super().prepare()
+        self._check()
+
+    def _check(self):
+        warm = self.head["warm"]["first_seconds"] + self.seconds_after_first(self.head["warm"])
+        if warm > self.cap:
+            raise Failure(f"a run takes {warm:.0f} s, over the cap of {self.cap:g} s")
+        s, model = self.scenario, self.models.model(self.scenario.model)
+        prompts = random_prompts(model.config.vocab_size, s.batch, s.prompt, 0)
+        check_tokens(model, prompts, self.head["ids"], None if self.name == OURS and self.dtype == "float32"
+                     else MEAN_SHORTFALL[self.dtype])
+
+    def seconds_after_first(self, values):
+        return (values["token_seconds"] or 0.0) * (self.scenario.new - 1) * self.scenario.batch
+
+
+def check_tokens(model, prompts, ids, mean_shortfall=None):
+    """Raises Failure when the new tokens `ids` are not what the float32 reference finds likeliest, as far as it should.
+
+    mean_shortfall: the bound of the mean; each token must be the likeliest one when it is None.
+    """
+    if not all(0 <= token < model.config.vocab_size for row in ids for token in row):
+        raise Failure(f"gave ids outside of the vocabulary of {model.config.vocab_size}")
+    short = shortfall(model, torch.tensor(prompts[:CHECKED_ROWS]), torch.tensor(ids[:CHECKED_ROWS]))
+    found, bound = (short.max(), TIE) if mean_shortfall is None else (short.mean(), mean_shortfall)
+    if not found <= bound:
+        which = "a token's logit is" if mean_shortfall is None else "the tokens' logits are, in the mean,"
+        raise Failure(f"not the likeliest tokens: {which} {found:.2g} deviations below the largest, at most {bound:g} "
+                      "expected")
+
+
+@torch.no_grad()
+def shortfall(model, prompts, ids):
+    """prompts (B, S), new tokens (B, T) -> (B, T): how far each new token's logit lies below the largest."""
+    tokens = torch.cat([prompts, ids], 1)
+    with ops.backend("reference"):
+        logits = model(tokens[:, :-1], tokens[:, 1:].contiguous())[0][:, prompts.shape[1] - 1:]  # (B, T, V)
+    chosen = logits.gather(2, ids[..., None])[..., 0]
+    return (logits.amax(2) - chosen) / logits.std(2)
