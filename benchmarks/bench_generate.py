@@ -37,10 +37,11 @@ def contestants(settings, models, key):
     """key: (scenario, dtype, threads). Ours first; where a target needs it, the baseline beside the dtype's rivals."""
     name, dtype, threads = key
     scenario, cap = SCENARIOS[name], settings["cap"]
-    found = [Contestant(engine, engine, dtype, threads, scenario, models, cap) for engine in (OURS, *settings["rivals"])]
+    found = [Contestant(engine, (engine, dtype, threads), scenario, models, cap)
+             for engine in (OURS, *settings["rivals"])]
     baseline = BASELINE.split()
     if BASELINE in decoding.targets(*key) and dtype != baseline[1] and baseline[0] in settings["rivals"]:
-        found.append(Contestant(BASELINE, *baseline, threads, scenario, models, cap))
+        found.append(Contestant(BASELINE, (*baseline, threads), scenario, models, cap))
     return found
 
 

@@ -71,14 +71,14 @@ class Models:
 
 
 class Contestant(Process):
-    """An engine at one dtype, on so many threads, in one scenario. cap: seconds that a run may take."""
+    """An engine in one scenario. kind: (engine, dtype, threads). cap: seconds that a run may take."""
 
-    def __init__(self, name, engine, dtype, threads, scenario, models, cap):
-        self.engine, self.dtype, self.scenario, self.models, self.cap = engine, dtype, scenario, models, cap
-        self.precision = ENGINES[engine].precisions.get(dtype)
-        self.threads = threads
+    def __init__(self, name, kind, scenario, models, cap):
+        self.engine, self.dtype, self.threads = kind
+        self.precision = ENGINES[self.engine].precisions.get(self.dtype)
+        self.scenario, self.models, self.cap = scenario, models, cap
         # Every rival under its own defaults: `import fastgpt` has set the first in this process.
-        super().__init__(name, None, env={"OMP_WAIT_POLICY": None, "OMP_NUM_THREADS": str(threads)}, log=models.log)
+        super().__init__(name, None, env={"OMP_WAIT_POLICY": None, "OMP_NUM_THREADS": str(self.threads)}, log=models.log)
 
     def prepare(self):
         if self.precision is None:

@@ -22,15 +22,14 @@ def random_prompts(vocab, batch, length, seed):
 
 
 def timed(engine, prompts, new):
-    """-> (the new ids, {the seconds to the first token, and to each later one of the batch})."""
+    """-> (the new ids, the seconds until every prompt had its first token, and those of each token after that)."""
     start = time.perf_counter()
     ids, times = engine.generate(prompts, new)
-    if [len(row) for row in ids] != [new] * len(prompts) or len(times) != new:
-        raise ValueError(f"gave {[len(row) for row in ids]} ids in {len(times)} steps, expected {new}")
-    values = {"first_seconds": times[0] - start, "token_seconds": None}
-    if new > 1:
-        values["token_seconds"] = (times[-1] - times[0]) / ((new - 1) * len(prompts))
-    return ids, values
+    if any([len(row) for row in rows] != [new] * len(prompts) for rows in (ids, times)):
+        raise ValueError(f"gave {[len(row) for row in ids]} ids at {[len(row) for row in times]} times, expected {new}")
+    first = max(row[0] for row in times)
+    later = sorted(t for row in times for t in row if t > first)  # a prompt may be ahead of the others
+    return ids, {"first_seconds": first - start, "token_seconds": (later[-1] - first) / len(later) if later else None}
 
 
 def serve(parent, name, precision, threads, source, folder, *shape):

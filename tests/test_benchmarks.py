@@ -18,6 +18,7 @@ from benchmarks import (
     ceilings,
     contestants,
     decoding,
+    generation,
     machine,
     peers,
     plots,
@@ -26,7 +27,6 @@ from benchmarks import (
     timing,
     training,
 )
-from benchmarks.generation import random_prompts
 from benchmarks.neighbours import WINDOW, Neighbours, busy_seconds
 from benchmarks.processes import Process, memory_mb
 from benchmarks.threads import use_threads
@@ -319,13 +319,13 @@ def test_all_training_variants_have_the_same_losses(dtype):
 
 def test_tokens_that_are_not_the_likeliest_have_no_figures():
     model = GPT(decoding.MODELS["tiny"]).eval()
-    prompts = random_prompts(101, 2, 5, 0)
+    prompts = generation.random_prompts(101, 2, 5, 0)
     ids = model.generate(torch.tensor(prompts), 4, temperature=0.0)[:, 5:].tolist()
     contestants.check_tokens(model, prompts, ids)
     wrong = [ids[0], [*ids[1][:2], (ids[1][2] + 1) % 101, ids[1][3]]]
     with pytest.raises(timing.Failure, match="not the likeliest tokens: a token's logit is"):
         contestants.check_tokens(model, prompts, wrong)
-    chance = random_prompts(101, 2, 4, 1)
+    chance = generation.random_prompts(101, 2, 4, 1)
     with pytest.raises(timing.Failure, match="not the likeliest tokens: the tokens' logits are, in the mean,"):
         contestants.check_tokens(model, prompts, chance, mean_shortfall=contestants.MEAN_SHORTFALL["int4"])
     with pytest.raises(timing.Failure, match="outside of the vocabulary of 101"):
@@ -359,9 +359,21 @@ def test_the_targets_of_a_row():
     assert every == set(peers.DTYPES) == set(decoding.SHARES)
 
 
+def test_a_prompt_that_is_ahead_does_not_flatter_the_others(monkeypatch):
+    class Engine:
+        def generate(self, prompts, new):  # the second prompt waits until the first one has two of its three tokens
+            return [[7] * 3] * 2, [[1.0, 2.0, 3.0], [2.5, 3.5, 4.5]]
+
+    monkeypatch.setattr(time, "perf_counter", lambda: 0.5)
+    ids, values = generation.timed(Engine(), [[1], [2]], 3)
+    assert ids == [[7] * 3] * 2 and values == {"first_seconds": 2.0, "token_seconds": pytest.approx(2 / 3)}
+    with pytest.raises(ValueError, match=r"gave \[3, 3\] ids at \[3, 3\] times, expected 4"):
+        generation.timed(Engine(), [[1], [2]], 4)
+
+
 def test_the_best_rival_is_the_fastest_of_the_same_dtype():
     models = contestants.Models("nowhere", {}, None)
-    engines = [contestants.Contestant(name, *kind, 2, decoding.SCENARIOS["decode"], models, 30.0) for name, *kind in (
+    engines = [contestants.Contestant(name, (*kind, 2), decoding.SCENARIOS["decode"], models, 30.0) for name, *kind in (
         ("fastgpt", "fastgpt", "int8"), ("llama.cpp", "llama.cpp", "int8"), ("onnxruntime", "onnxruntime", "int8"),
         ("transformers float32", "transformers", "float32"))]
     result = timing.Comparison([engine.name for engine in engines])

@@ -63,10 +63,10 @@ class Engine:
         self.weight_bytes = gpt2.matrix_bytes(source, {"float32": 32, "bfloat16": 16, "int8": 8}[precision])
 
     def generate(self, prompts, new):
-        times = [0.0] * new
+        times = [[] for _ in prompts]
 
         def stamp(result):
-            times[result.step] = time.perf_counter()  # the last prompt's token ends a step
+            times[result.batch_id].append(time.perf_counter())
             return False
 
         out = self.generator.generate_batch([[str(i) for i in p] for p in prompts], max_length=new, min_length=new,

@@ -144,4 +144,4 @@ class Engine:
                 self._put(s, ids[s][-1], length + i, s, True)
             times.append(time.perf_counter())
             rows = range(batch)
-        return ids, times
+        return ids, [times] * batch

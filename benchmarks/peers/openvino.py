@@ -120,4 +120,4 @@ class Engine:
             self.pipe.step()
             times.append(time.perf_counter())
         ids = [handle.read_all()[0].generated_ids for handle in handles]
-        return ids, times
+        return ids, [times] * len(prompts)

@@ -17,9 +17,9 @@ class Engine:
         self.weight_bytes = self.llm.weight_bytes
 
     def generate(self, prompts, new):
-        ids, times = [[] for _ in prompts], [0.0] * new
+        ids, times = [[] for _ in prompts], [[] for _ in prompts]
         params = fastgpt.SamplingParams(max_tokens=new, temperature=0, ignore_eos=True)
         for event in self.llm.stream(prompts, params):
-            times[len(ids[event.index])] = time.perf_counter()  # the last prompt's token ends a step
+            times[event.index].append(time.perf_counter())
             ids[event.index].append(event.token_id)
         return ids, times

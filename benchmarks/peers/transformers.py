@@ -40,4 +40,4 @@ class Engine:
         x, stamps = torch.tensor(prompts), Stamps()
         y = self.model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=new, do_sample=False,
                                 pad_token_id=0, streamer=stamps)
-        return y[:, x.shape[1]:].tolist(), stamps.times[1:]
+        return y[:, x.shape[1]:].tolist(), [stamps.times[1:]] * len(prompts)
