@@ -38,19 +38,21 @@ def serve(parent, name, precision, threads, source, folder, *shape):
     engine = ENGINES[name].adapter().Engine(source, folder, precision, int(threads))
     load_mb = memory_mb()
     reset_peak()
-    ids, warm = timed(engine, random_prompts(vocab, batch, length, 0), new)
+    start = time.perf_counter()
+    ids, _ = timed(engine, random_prompts(vocab, batch, length, 0), new)
+    warm_seconds = time.perf_counter() - start
     seeds = iter(range(1, 1_000_000))
 
     def step():
         _, values = timed(engine, random_prompts(vocab, batch, length, next(seeds)), new)
         return {**values, "peak_mb": memory_mb()}
 
-    parent.serve(step, ids=ids, warm=warm, load_mb=load_mb, version=engine.version,
+    parent.serve(step, ids=ids, warm_seconds=warm_seconds, load_mb=load_mb, version=engine.version,
                  weight_bytes=int(engine.weight_bytes))
 
 
 def make(parent, name, precision, source, folder):
-    Path(folder).mkdir(parents=True)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     ENGINES[name].adapter().make(source, folder, precision)
     parent.serve(dict)
 

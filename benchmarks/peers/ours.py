@@ -1,6 +1,7 @@
 """fastgpt itself."""
-import importlib.metadata
 import time
+
+import torch
 
 import fastgpt
 
@@ -10,7 +11,7 @@ def make(source, folder, precision):
 
 
 class Engine:
-    version = f"fastgpt {importlib.metadata.version('fastgpt')}"
+    version = f"this checkout, torch {torch.__version__}"
 
     def __init__(self, source, folder, precision, threads):
         self.llm = fastgpt.LLM(source, dtype=precision, threads=threads)
