@@ -13,9 +13,8 @@ def weights(source):
     return {name.removeprefix("transformer."): w for name, w in load_file(Path(source, "model.safetensors")).items()}
 
 
-def matrix_bytes(source, bits, head_bits=None):
+def matrix_bytes(source, bits):
     """Bytes of the matrices that one step reads, at so many bits a weight, scales included."""
     c = config(source)
     C, inner = c["n_embd"], c.get("n_inner") or 4 * c["n_embd"]
-    body, head = c["n_layer"] * (4 * C * C + 2 * C * inner), c["vocab_size"] * C
-    return int(body * bits + head * (head_bits or bits)) // 8
+    return int((c["n_layer"] * (4 * C * C + 2 * C * inner) + c["vocab_size"] * C) * bits / 8)
