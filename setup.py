@@ -30,7 +30,8 @@ LINK_FLAGS = (["-Wl,-exported_symbol,_PyInit__C", "-Wl,-x"] if sys.platform == "
 # Machine code for these, as far as nvcc knows them, and PTX of the last, from which a driver makes the rest.
 CUDA_ARCHS = ("80", "90", "100")
 # The slowest first.
-SOURCES = ["csrc/cpu/level_avx512.cpp", "csrc/cpu/level_avx2.cpp", "csrc/cpu/level_baseline.cpp", "csrc/bindings.cpp",
+SOURCES = ["csrc/cpu/level_avx512.cpp", "csrc/cpu/level_avx2.cpp", "csrc/cpu/level_baseline.cpp", "csrc/bindings_engine.cpp",
+           "csrc/bindings.cpp",
            "csrc/cpu/isa.cpp", "csrc/cpu/pool.cpp"]
 CUDA_SOURCES = ["csrc/cuda/device.cu"]
 HEADERS = sorted(str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".inl", ".cuh", ".map"))

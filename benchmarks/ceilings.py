@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.machine import cache_bytes, has_bf16, has_vnni
 from benchmarks.timing import Variant, compare, spread
-from fastgpt.cpu import extension
+from fastgpt import extension
 
 CHAINS = 12  # vector instructions in a step of the arithmetic kernel
 # kind -> (its number in csrc/kernels.h, operations of one float lane in one instruction)

@@ -6,7 +6,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-from fastgpt.cpu import extension
+from fastgpt import extension
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "numpy")

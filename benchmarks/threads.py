@@ -3,7 +3,7 @@ import contextlib
 
 import torch
 
-from fastgpt.cpu import extension
+from fastgpt import extension
 
 
 def thread_counts():

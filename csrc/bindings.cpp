@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "cpu/isa.h"
+#include "bindings_engine.h"
 #include "cpu/pool.h"
 #include "kernels.h"
 #ifdef FASTGPT_CUDA  // set by setup.py, as is FASTGPT_BUILD_RECORD
@@ -135,4 +136,5 @@ PYBIND11_MODULE(_C, m) {
   define(m, "cross_entropy", &Kernels::cross_entropy);
   define(m, "check_targets", &Kernels::check_targets);
   define(m, "add_rows", &Kernels::add_rows);
+  define_engine(m);
 }

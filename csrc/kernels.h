@@ -3,6 +3,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "engine.h"
+
 namespace fastgpt {
 
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1 };
@@ -95,6 +97,28 @@ struct Kernels {
   void (*check_targets)(const int64_t* targets, int64_t count, int64_t cols, int64_t ignored, int64_t* result);
   // sums (cols) += the rows of x (rows, cols) of dtype, in order.
   void (*add_rows)(int dtype, const void* x, float* sums, int64_t rows, int64_t cols);
+
+  // The decode engine (engine.h). Of a weight (N, K), ceil(N / panel_columns()) panels of panel_bytes() each.
+  int64_t (*panel_columns)();
+  int64_t (*panel_bytes)(int format, int64_t K);
+  void (*pack_weight)(int format, const Matrix& weight, uint8_t* panels);
+  // out (K): column n as the products see it.
+  void (*unpack_column)(const Packed& weight, int64_t n, float* out);
+  // out (M, N) = activation(x weight.T + bias) + residual, of x (M, K), all float32 and contiguous; residual may be out or
+  // null.
+  void (*packed_linear)(const Packed& weight, const float* x, int64_t M, int activation, const float* residual,
+                        float* out);
+  // k, v: row r of the step's tokens at r * row, head g at g * D behind; all float32.
+  void (*store_kv)(const KvCache& cache, const float* k, const float* v, int64_t row, const PagedSequence* sequences,
+                   int64_t count);
+  // q, out: row r at r * q_row or r * out_row, head h of H at h * D behind. Query i of a sequence sees the keys up to
+  // number position + i.
+  void (*paged_attention)(const KvCache& cache, const float* q, int64_t q_row, int64_t H, float scale,
+                          const PagedSequence* sequences, int64_t count, float* out, int64_t out_row);
+  void (*step)(const Model& model, const StepInput& input);
+  // Draws a token from the first V entries of each row of logits, which lie `stride` apart and are overwritten; -1 where
+  // they are no distribution.
+  void (*sample)(float* logits, int64_t stride, int64_t V, const Draw* draws, int64_t rows, int32_t* out);
 };
 
 // Null where this build has no such level (another architecture).

@@ -7,13 +7,15 @@ import sys
 _EXPORTS = {
     "GPT": "fastgpt.model",
     "GPTConfig": "fastgpt.config",
+    "LLM": "fastgpt.engine.llm",
+    "RequestOutput": "fastgpt.engine.llm",
     "SamplingParams": "fastgpt.sampling",
     "Tokenizer": "fastgpt.tokenizer",
-    "get_num_threads": "fastgpt.cpu.extension",
-    "set_num_threads": "fastgpt.cpu.extension",
+    "get_num_threads": "fastgpt.extension",
+    "set_num_threads": "fastgpt.extension",
 }
 _MODULES = ("ops", "reference")
-__all__ = ["GPT", "GPTConfig", "SamplingParams", "Tokenizer", "get_num_threads", "ops", "reference",
+__all__ = ["GPT", "GPTConfig", "LLM", "RequestOutput", "SamplingParams", "Tokenizer", "get_num_threads", "ops", "reference",
            "set_num_threads"]
 
 # torch's OpenMP threads spin for milliseconds after each of its ops, on the cores that our kernels want next; asleep, they

@@ -6,7 +6,8 @@ Shapes: P prompts, R = P * n rows, B batch, T new tokens, S tokens so far, H hea
 """
 import torch
 
-from fastgpt import sampling
+from fastgpt import torch_sampling
+from fastgpt.sampling import uniform
 
 
 class KVCache:
@@ -99,29 +100,30 @@ class _Sampler:
     def __init__(self, params, seeds, tokens, pads):
         """seeds: one for each prompt, or None. tokens (R, S): the prompts. pads: columns of padding of each row."""
         self.params, self.seeds, self.pads = params, seeds, pads
-        self.tokens, self.seen = tokens, None
+        self.tokens, self.counts = tokens, None
 
     def choose(self, logits, S):
         """logits (R, V), of rows that hold S columns -> ids (R,)."""
-        if self.params.repetition_penalty != 1.0 and self.seen is None:
-            self.seen = self._prompt_tokens(logits)
-        ids = sampling.choose(logits, self.params, self.seen, self._uniforms(S, logits.device))
-        if self.seen is not None:
-            self.seen.scatter_(1, ids[:, None], True)
+        if self.params.penalises and self.counts is None:
+            self.counts = self._prompt_tokens(logits)
+        ids = torch_sampling.choose(logits, self.params, self.counts, self._uniforms(S, logits.device))
+        if self.counts is not None:
+            rows = torch.arange(len(ids), device=ids.device)
+            self.counts[rows, ids] = self.counts[rows, ids].clamp(min=0) + 1
         return ids
 
     def _prompt_tokens(self, logits):
-        seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
-        for row, tokens, pad in zip(seen, self.tokens, self.pads, strict=True):
+        counts = torch.zeros(logits.shape, dtype=torch.int32, device=logits.device)
+        for row, tokens, pad in zip(counts, self.tokens, self.pads, strict=True):
             own = tokens[pad:]
-            row[own[own < len(row)]] = True
-        return seen
+            row[own[own < len(row)]] = -1
+        return counts
 
     def _uniforms(self, S, device):
         if self.seeds is None or self.params.temperature == 0:
             return None
         n = self.params.n
-        draws = [sampling.uniform(self.seeds[r // n], r % n, S - pad) for r, pad in enumerate(self.pads)]
+        draws = [uniform(self.seeds[r // n], r % n, S - pad) for r, pad in enumerate(self.pads)]
         return torch.tensor(draws, dtype=torch.float64, device=device)
 
 

@@ -8,7 +8,7 @@ import torch
 
 import fastgpt
 from fastgpt import ops
-from fastgpt.cpu import extension
+from fastgpt import extension
 from fastgpt.cpu.linear import bfloat16_product
 
 PACKAGES = ("fastgpt", "torch", "numpy", "triton", "transformers")
@@ -104,7 +104,7 @@ def _ops():
     columns = [(device, dtype) for device in DEVICES for dtype in DTYPES]
     reasons = {}  # reason -> its number
     rows = [_cells("ops", (f"{device} {str(dtype).removeprefix('torch.')}" for device, dtype in columns))]
-    for op in ops.OPS:
+    for op in (*ops.OPS, *ops.INFERENCE_OPS):
         answers = (_answer(op, device, dtype) for device, dtype in columns)
         cells = (f"{name} [{reasons.setdefault(reason, len(reasons) + 1)}]" for name, reason in answers)
         rows.append(_cells(f"  {op}", cells))

@@ -32,7 +32,7 @@ def choose_device(name=None):
     a control group gives this process processors, which it does not look at itself."""
     import torch
 
-    from fastgpt.cpu.extension import usable_cpus
+    from fastgpt.extension import usable_cpus
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}")

@@ -11,6 +11,7 @@ import torch
 from fastgpt import cpu, reference
 
 OPS = ("layer_norm", "add_layer_norm", "gelu", "bias_gelu", "linear", "attention", "cross_entropy")
+INFERENCE_OPS = ("store_kv", "paged_attention")  # without a backward
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu")
 IMPLEMENTATIONS = {"reference": reference, "cpp": cpu}
 # What is tried for a device, best first; the reference takes everything.
@@ -236,6 +237,59 @@ def attention(q, k, v, *, causal=True, scale=None, dropout_p=0.0, key_mask=None,
     function = _implementation("attention", q, k, v)
     return function(q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, key_mask=key_mask,
                     seed=0 if seed is None else seed)
+
+
+def store_kv(cache, k, v, block_tables, query_lens, context_lens):
+    """Writes the keys and values of new tokens into the pages of a `fastgpt.paged.PagedCache`.
+
+    k and v (N, G, D): the tokens of all S sequences one after another, query_lens (S,) of each (int32 or int64, on the
+    CPU, as the other integers), context_lens (S,) its length with them. block_tables (S, P) int32: a sequence's pages, in
+    order.
+    """
+    _check_paged("store_kv", cache, k, block_tables, query_lens, context_lens)
+    _check(v.shape == k.shape and k.shape[1] == cache.v.shape[1],
+           lambda: f"store_kv: k and v must have shape (N, {cache.v.shape[1]}, {cache.v.shape[3]}), got {tuple(k.shape)} "
+                   f"and {tuple(v.shape)}")
+    _implementation("store_kv", k, v)(cache, k, v, block_tables, query_lens, context_lens)
+
+
+def paged_attention(q, cache, block_tables, query_lens, context_lens, *, scale=None):
+    """Causal attention over a paged KV cache (Kwon et al. 2023, arXiv:2309.06180), without a backward.
+
+    q (N, H, D): the last query_lens[s] tokens of each sequence, one sequence after another, whose keys are in the cache
+    already; H a multiple of the cache's G heads. The other arguments are those of `store_kv` -> (N, H, D). scale: of the
+    scores, by default D ** -0.5. A row has the same bits for any pages, page size and split of its sequence into calls.
+    """
+    _check_paged("paged_attention", cache, q, block_tables, query_lens, context_lens)
+    G = cache.v.shape[1]
+    _check(q.shape[1] % G == 0, lambda: f"paged_attention: q's {q.shape[1]} heads must be a multiple of the cache's {G}")
+    if scale is not None:
+        _check_number("paged_attention", "scale", scale, float("-inf"))
+    return _implementation("paged_attention", q)(q, cache, block_tables, query_lens, context_lens, scale=scale)
+
+
+def _check_paged(op, cache, rows, block_tables, query_lens, context_lens):
+    _check_floating(op, "q" if op == "paged_attention" else "k", rows)
+    pages, _, page_size, D = cache.v.shape
+    _check(rows.dim() == 3 and rows.shape[2] == D,
+           lambda: f"{op}: tokens must have shape (N, heads, {D}), got {tuple(rows.shape)}")
+    S = block_tables.shape[0]
+    _check(block_tables.dim() == 2 and block_tables.dtype == torch.int32,
+           lambda: f"{op}: block_tables must be (S, P) int32, got {block_tables.dtype} {tuple(block_tables.shape)}")
+    for name, lens in (("query_lens", query_lens), ("context_lens", context_lens)):
+        _check(lens.shape == (S,) and lens.dtype in (torch.int32, torch.int64),
+               lambda name=name, lens=lens: f"{op}: {name} must be integers of shape ({S},), got {lens.dtype} "
+                                            f"{tuple(lens.shape)}")
+    _check(int(query_lens.sum()) == rows.shape[0] and bool((query_lens >= 0).all()),
+           lambda: f"{op}: query_lens must add up to the {rows.shape[0]} tokens, got {query_lens.tolist()}")
+    _check(bool((query_lens <= context_lens).all()) and
+           bool((context_lens <= block_tables.shape[1] * page_size).all()),
+           lambda: f"{op}: context_lens must be at least query_lens and at most {block_tables.shape[1] * page_size} (pages "
+                   f"in a block table times page size), got {context_lens.tolist()}")
+    for table, length in zip(block_tables.tolist(), context_lens.tolist()):
+        used = table[:-(-length // page_size)]
+        _check(all(0 <= page < pages for page in used),
+               lambda used=used: f"{op}: block_tables must name pages in [0, {pages}), got {used}")
 
 
 def cross_entropy(x, weight, targets, *, bias=None, ignore_index=-100, reduction="mean"):

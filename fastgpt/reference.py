@@ -67,6 +67,38 @@ def attention_mask(T, S, causal=True, key_mask=None, device=None):
     return visible if key_mask is None else visible & key_mask[:, None, None, :]
 
 
+def store_kv(cache, k, v, block_tables, query_lens, context_lens):
+    """k and v (N, G, D): the new tokens of all sequences one after another. See `fastgpt.ops.store_kv`."""
+    row = 0
+    for table, new, length in zip(block_tables, query_lens.tolist(), context_lens.tolist()):
+        for position in range(length - new, length):
+            page, at = int(table[position // cache.page_size]), position % cache.page_size
+            lanes = cache.k.shape[-1]
+            _store_row(cache.k[page, :, at // lanes, :, at % lanes], k[row], cache.k_scale, (page, slice(None), at))
+            _store_row(cache.v[page, :, at], v[row], cache.v_scale, (page, slice(None), at))
+            row += 1
+
+
+def _store_row(to, row, scales, at):
+    """row (G, D) into a view of a cache; of int8 rounded to multiples of a scale for each of the G."""
+    if scales is not None:
+        scale = row.float().abs().amax(-1) / 127
+        scales[at] = scale
+        row = (row.float() / scale.where(scale > 0, 1)[:, None]).round()
+    to.copy_(row)
+
+
+def paged_attention(q, cache, block_tables, query_lens, context_lens, *, scale=None):
+    """q (N, H, D) -> (N, H, D). See `fastgpt.ops.paged_attention`."""
+    out, row = [], 0
+    for table, new, length in zip(block_tables, query_lens.tolist(), context_lens.tolist()):
+        k, v = (cache.rows(name, table, length).to(q.dtype)[None] for name in "kv")
+        queries = q[row:row + new].transpose(0, 1)[None]  # (1, H, new, D)
+        out.append(attention(queries, k, v, scale=scale)[0].transpose(0, 1))
+        row += new
+    return torch.cat(out) if out else torch.empty_like(q)
+
+
 def cross_entropy(x, weight, targets, *, bias=None, ignore_index=-100, reduction="mean"):
     logits = F.linear(x, weight, bias).reshape(targets.numel(), len(weight))  # (N, V)
     logits = logits if logits.dtype == torch.float64 else logits.float()

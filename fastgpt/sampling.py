@@ -1,16 +1,10 @@
-"""How a next token is chosen: the parameters, under vLLM's names, and the choice itself.
-
-The order is Hugging Face's: repetition penalty, temperature, top-k, softmax, top-p, min-p. Without a seed the draw is
-`torch.multinomial` on torch's generator, as in nanoGPT. With one it inverts the cumulative distribution at a number
-that is a pure function of (seed, sample, position), so that a request replays alone, whatever else is in its batch.
-"""
+"""What to draw from a model's distribution, under vLLM's names, and the numbers that a seed draws."""
 from dataclasses import dataclass, fields
-
-import torch
 
 from fastgpt.config import check_int, check_number
 
 GREEDY_BELOW = 1e-5  # logits over a smaller temperature may overflow
+MAX_LOGPROBS = 1000
 _MASK64 = 2 ** 64 - 1
 
 
@@ -25,6 +19,9 @@ class SamplingParams:
     min_p: only tokens at least this likely relative to the likeliest.
     repetition_penalty: divides the positive and multiplies the negative logits of tokens that the sequence holds
     already (Keskar et al. 2019, arXiv:1909.05858).
+    presence_penalty, frequency_penalty: taken off the logits of tokens that the sequence has got so far, the latter as
+    often as it has got them. logit_bias: {token id: what is added to its logit}.
+    logprobs: how many of the likeliest tokens are reported with their log probabilities, beside the chosen one.
     seed: an int in [0, 2**63), a list with one for each prompt, or None for torch's generator.
     stop: a string or several that end a sequence once its new text holds one; stop_token_ids: ids that do. The
     sequence keeps what ended it. ignore_eos: the tokenizer's end-of-text token does not end it.
@@ -36,6 +33,10 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict | None = None
+    logprobs: int | None = None
     n: int = 1
     seed: int | list | None = None
     stop: str | list | None = None
@@ -66,6 +67,11 @@ class SamplingParams:
         check_number("min_p", self.min_p, lambda p: 0 <= p <= 1, "in [0, 1]")
         check_number("repetition_penalty", self.repetition_penalty, lambda r: 0 < r < float("inf"),
                      "finite and above 0")
+        for name in ("presence_penalty", "frequency_penalty"):
+            check_number(name, getattr(self, name), lambda p: abs(p) < float("inf"), "finite")
+        if self.logprobs is not None:
+            self.logprobs = check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        self._check_bias()
         if self.seed is not None:
             several = isinstance(self.seed, (list, tuple))
             seeds = [check_int("seed", seed, 0, 2 ** 63 - 1) for seed in (self.seed if several else [self.seed])]
@@ -75,45 +81,18 @@ class SamplingParams:
             raise ValueError(f"stop must be a non-empty string or a list of them, got {self.stop!r}")
         self.stop_token_ids = [check_int("stop_token_ids", i, 0) for i in self.stop_token_ids or ()]
 
+    def _check_bias(self):
+        if not isinstance(self.logit_bias, (dict, type(None))):
+            raise TypeError(f"logit_bias must be a dict from token ids to numbers, got {self.logit_bias!r}")
+        biases = {check_int("logit_bias's id", i, 0): bias for i, bias in (self.logit_bias or {}).items()}
+        for bias in biases.values():
+            check_number("logit_bias", bias, lambda b: abs(b) < float("inf"), "finite")
+        self.logit_bias = biases
 
-def choose(logits, params, seen=None, uniforms=None):
-    """The next token of every row: logits (R, V) -> ids (R,).
-
-    seen (R, V) bool: which tokens a row holds already, needed for a repetition penalty.
-    uniforms (R,) float64 in [0, 1): what each row draws; None draws from torch's generator.
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if seen is not None:
-        penalty = params.repetition_penalty
-        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-    if not torch.isfinite(logits.amax(-1)).all():
-        raise ValueError("the model's logits are not finite: there is no distribution to draw from")
-    if params.temperature == 0:
-        return logits.argmax(-1)
-    probs = distribution(logits, params)
-    return torch.multinomial(probs, 1)[:, 0] if uniforms is None else _invert(probs, uniforms)
-
-
-def distribution(logits, params):
-    """What is drawn from, (R, V), not normalised again after the last filters."""
-    logits = logits / params.temperature
-    if params.top_k is not None:
-        kth = torch.topk(logits, min(params.top_k, logits.shape[-1])).values[:, [-1]]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    probs = torch.softmax(logits, dim=-1)
-    if params.top_p < 1.0:
-        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-        covered = ordered.cumsum(-1) - ordered >= params.top_p  # the likelier tokens have the mass already
-        probs = probs.masked_fill(torch.zeros_like(covered).scatter(-1, order, covered), 0.0)
-    if params.min_p > 0.0:
-        probs = probs.masked_fill(probs < params.min_p * probs.amax(-1, keepdim=True), 0.0)
-    return probs
-
-
-def _invert(probs, uniforms):
-    cdf = probs.double().cumsum(-1)
-    # right: the first token whose cumulative mass exceeds the target, so never one of probability 0
-    return torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)[:, 0]
+    @property
+    def penalises(self):
+        """Whether the tokens of the sequence change its logits."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 def uniform(seed, sample, position):

@@ -52,7 +52,7 @@ def build_extension(folder, extra_flags=None):
             return [*super().flags(source), *extra_flags.get(source, [])]
 
         def compile_source(self, source):
-            kept = None if source in extra_flags or source.endswith("bindings.cpp") else kept_object(source)
+            kept = None if source in extra_flags or "bindings" in source else kept_object(source)
             return kept or super().compile_source(source)
 
     command = Build(Distribution({"ext_modules": [Extension("fastgpt._C", setup.SOURCES)]}))

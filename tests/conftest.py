@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from fastgpt.cpu import extension
+from fastgpt import extension
 
 LEVELS = [name for name in extension.LEVELS if extension._C and extension.level_refusal(name) is None]
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from numerics import check_op
 
 from fastgpt import ops, reference
-from fastgpt.cpu import extension
+from fastgpt import extension
 
 SHAPES = [  # B, H, G, T, S, D, causal, with a key mask
     (1, 1, 1, 1, 1, 1, True, False),

@@ -31,7 +31,7 @@ from benchmarks.neighbours import WINDOW, Neighbours, busy_seconds
 from benchmarks.processes import Process, memory_mb
 from benchmarks.threads import use_threads
 from fastgpt import GPT, ops
-from fastgpt.cpu import extension
+from fastgpt import extension
 
 needs_extension = pytest.mark.skipif(extension._C is None, reason=str(extension.MISSING))
 

@@ -7,7 +7,7 @@ from numerics import check_compiled, check_op
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt import ops, reference
-from fastgpt.cpu import extension
+from fastgpt import extension
 
 MODULE = sys.modules["fastgpt.cpu.cross_entropy"]
 REDUCTIONS = ["mean", "sum", "none"]

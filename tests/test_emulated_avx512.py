@@ -12,7 +12,7 @@ import pytest
 from compiled import build_extension
 from processes import PACKAGE_FOLDER
 
-from fastgpt.cpu import extension
+from fastgpt import extension
 
 TESTS = Path(__file__).parent
 OTHERS = ("test_extension.py", "test_benchmarks.py")  # of levels as such, and of their speed

@@ -6,7 +6,7 @@ import pytest
 import torch
 from processes import run_python
 
-from fastgpt.cpu import extension
+from fastgpt import extension
 
 needs_extension = pytest.mark.skipif(bool(extension.MISSING), reason=str(extension.MISSING))
 ALL_RUN = [("baseline", True, None), ("avx2", True, None), ("avx512", True, None)]
@@ -24,7 +24,7 @@ class FakeExtension:
 CAPPED = """
 import torch
 from fastgpt import ops
-from fastgpt.cpu import extension
+from fastgpt import extension
 x = torch.arange(40.0).reshape(2, 20)
 torch.testing.assert_close(ops.layer_norm(x, torch.ones(20)), torch.nn.functional.layer_norm(x, (20,)))
 assert ops.resolve("layer_norm", x)[0] == "cpp"
@@ -202,7 +202,7 @@ def test_threads_and_their_reason(tmp_path, monkeypatch, quota, cpus, expected):
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity masks")
 def test_the_affinity_mask_sets_the_threads():
     code = ("import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); import fastgpt;"
-            "from fastgpt.cpu import extension; print(fastgpt.get_num_threads(), extension.THREADS_REASON)")
+            "from fastgpt import extension; print(fastgpt.get_num_threads(), extension.THREADS_REASON)")
     assert run_python(code).stdout.strip() == "1 the processors of the affinity mask"
 
 

@@ -6,7 +6,7 @@ import torch
 from numerics import check_op
 
 from fastgpt import ops, reference
-from fastgpt.cpu import extension
+from fastgpt import extension
 
 # (2100, 3): more rows than partial sums; (2, 8200): more columns than a task takes.
 SHAPES = [(1,), (1, 1), (3, 7), (2, 5, 16), (33, 59), (4, 9, 96), (2100, 3), (2, 8200), (0, 8), (3, 0)]

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from fastgpt import GPT, GPTConfig, SamplingParams, generation, sampling
+from fastgpt import GPT, GPTConfig, SamplingParams, generation, sampling, torch_sampling
 from fastgpt.generation import KVCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -137,7 +137,7 @@ def test_bfloat16_and_autocast_generate(model):
 
 def kept(logits, **params):
     """Which tokens have a chance, and what it is after normalising."""
-    probs = sampling.distribution(torch.tensor([logits]), SamplingParams(**params))[0]
+    probs = torch_sampling.distribution(torch.tensor([logits]), SamplingParams(**params))[0]
     return {i: round(float(p / probs.sum()), 4) for i, p in enumerate(probs) if p > 0}
 
 
@@ -176,18 +176,18 @@ def test_filters_equal_transformers():
                                      (2.0, 50, 0.9, 0.05)]:
         warpers = [hf.TemperatureLogitsWarper(temperature), hf.TopKLogitsWarper(k), hf.TopPLogitsWarper(p)]
         expected = hf.LogitsProcessorList([*warpers, hf.MinPLogitsWarper(min_p)])(None, logits).softmax(-1)
-        probs = sampling.distribution(logits, SamplingParams(temperature=temperature, top_k=k, top_p=p, min_p=min_p))
+        probs = torch_sampling.distribution(logits, SamplingParams(temperature=temperature, top_k=k, top_p=p, min_p=min_p))
         torch.testing.assert_close(probs / probs.sum(-1, keepdim=True), expected)
 
 
 def test_repetition_penalty_equals_transformers():
     hf = pytest.importorskip("transformers.generation.logits_process")
     logits, held = torch.randn(200, 20) - 2, torch.randint(20, (200, 6))  # the largest of a row has either sign
-    seen = torch.zeros(200, 20, dtype=torch.bool).scatter(1, held, True)
+    counts = torch.zeros(200, 20, dtype=torch.int32).scatter(1, held, -1)
     for penalty in (0.6, 1.7):
         expected = hf.RepetitionPenaltyLogitsProcessor(penalty)(held, logits).argmax(-1)
         params = SamplingParams(temperature=0, repetition_penalty=penalty)
-        assert torch.equal(sampling.choose(logits, params, seen), expected)
+        assert torch.equal(torch_sampling.choose(logits, params, counts), expected)
 
 
 def test_a_large_repetition_penalty_never_repeats(model):
@@ -210,7 +210,7 @@ def test_a_repetition_penalty_counts_prompt_and_new_tokens_but_no_padding():
 def test_seeded_draws_follow_the_distribution():
     n = 20_000
     draws = torch.tensor([sampling.uniform(seed, 0, 5) for seed in range(n)], dtype=torch.float64)
-    ids = sampling.choose(torch.tensor([LOGITS]).expand(n, -1), SamplingParams(), uniforms=draws)
+    ids = torch_sampling.choose(torch.tensor([LOGITS]).expand(n, -1), SamplingParams(), uniforms=draws)
     frequency = torch.bincount(ids, minlength=4) / n
     # five standard deviations of a frequency of n draws
     torch.testing.assert_close(frequency, torch.tensor([0.1, 0.4, 0.3, 0.2]), rtol=0, atol=5 * 0.5 / n ** 0.5)
@@ -219,7 +219,7 @@ def test_seeded_draws_follow_the_distribution():
 def test_a_draw_never_takes_a_token_of_probability_zero():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(4, -1)
     uniforms = torch.tensor([0.0, 0.5 - 2 ** -52, 0.5, 1 - 2 ** -52], dtype=torch.float64)
-    assert sampling.choose(logits, SamplingParams(), uniforms=uniforms).tolist() == [1, 1, 3, 3]
+    assert torch_sampling.choose(logits, SamplingParams(), uniforms=uniforms).tolist() == [1, 1, 3, 3]
 
 
 def test_uniform_is_even_and_depends_on_every_word():
@@ -236,7 +236,7 @@ def test_uniform_is_even_and_depends_on_every_word():
 def test_logits_that_are_no_distribution_are_refused(logits):
     for temperature in (0.0, 1.0):
         with pytest.raises(ValueError, match="logits are not finite"):
-            sampling.choose(torch.tensor([logits]), SamplingParams(temperature=temperature))
+            torch_sampling.choose(torch.tensor([logits]), SamplingParams(temperature=temperature))
 
 
 # Where a sequence ends

@@ -2,7 +2,7 @@ import torch
 from processes import run_python
 
 from fastgpt import ops
-from fastgpt.cpu import extension
+from fastgpt import extension
 from fastgpt.info import report
 
 PRINT = "from fastgpt.info import report; print(report())"

@@ -3,7 +3,7 @@ import torch
 from numerics import check_compiled, check_op
 
 from fastgpt import ops, reference
-from fastgpt.cpu import extension
+from fastgpt import extension
 
 SHAPES = [(1, 1), (3, 7), (2, 5, 16), (33, 59), (4, 9, 768), (257, 111), (0, 8)]
 

@@ -6,7 +6,7 @@ import torch
 from numerics import assert_accurate, check_op
 
 from fastgpt import ops, reference
-from fastgpt.cpu import extension
+from fastgpt import extension
 from fastgpt.cpu.gemm import matmul
 
 # rows, K, N: odd, empty, one, and more than one block of K (384 or 256)

@@ -13,7 +13,7 @@ import torch
 from processes import run_python
 
 from fastgpt import ops
-from fastgpt.cpu import extension
+from fastgpt import extension
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [str(ROOT / "tests" / "pool_stress.cpp"), str(ROOT / "csrc" / "cpu" / "pool.cpp")]

@@ -20,6 +20,11 @@
 #include "attention.inl"
 #include "attention_backward.inl"
 #include "linear.inl"
+#include "packed.inl"
+#include "packed_product.inl"
+#include "paged_attention.inl"
+#include "step.inl"
+#include "sampling.inl"
 
 namespace fastgpt {
 namespace {
@@ -74,6 +79,20 @@ const Kernels table = {
     [](int dtype, const void* x, float* sums, int64_t rows, int64_t cols) {
       BY_DTYPE(dtype, add_rows, x, sums, rows, cols);
     },
+    []() -> int64_t { return kTileCols; },
+    panel_bytes,
+    pack_weight,
+    unpack_column,
+    packed_linear,
+    [](const KvCache& cache, const float* k, const float* v, int64_t row, const PagedSequence* sequences, int64_t count) {
+      BY_CACHE(cache.dtype, store_kv, cache, {k, v, row}, sequences, count);
+    },
+    [](const KvCache& cache, const float* q, int64_t q_row, int64_t H, float scale, const PagedSequence* sequences,
+       int64_t count, float* out, int64_t out_row) {
+      BY_CACHE(cache.dtype, paged_attention, cache, {q, out, q_row, out_row, H, scale}, sequences, count, nullptr);
+    },
+    step,
+    sample,
 };
 
 }  // namespace

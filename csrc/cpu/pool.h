@@ -15,7 +15,7 @@ void set_threads(int count);
 
 // A buffer of the calling thread, 64-byte aligned, that keeps its size between calls. One buffer a slot: a kernel that
 // calls another must use another slot.
-enum ScratchSlot { kGemmScratch, kAttentionScratch, kKernelScratch, kScratchSlots };
+enum ScratchSlot { kGemmScratch, kAttentionScratch, kKernelScratch, kStepScratch, kScratchSlots };
 void* scratch(ScratchSlot slot, size_t bytes);
 
 }  // namespace fastgpt

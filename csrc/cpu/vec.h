@@ -7,6 +7,8 @@
 #include <string.h>
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 #ifndef FASTGPT_VEC_WIDTH  // a test sets 16 with AVX2 flags, to run the AVX-512 shape of every kernel without AVX-512
@@ -114,6 +116,21 @@ INLINE Vec load(const bf16* p, int n) {
 INLINE void store(bf16* p, Vec a, int n) {
   HalfVec h = narrow(a);
   memcpy(p, &h, 2 * n);
+}
+
+// a * b + c, rounded once where the level has the instruction: for sums whose bits must not depend on what the compiler
+// fuses in one instance of a template and not in another.
+INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__) && FASTGPT_VEC_WIDTH == 8
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  for (int i = 0; i < W; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#else
+  return a * b + c;
+#endif
 }
 
 // Quarters of 4 floats, from p, p + stride, ...

@@ -1,14 +1,16 @@
 """The C++ kernels for the CPU behind `fastgpt.ops`: one file an op, in the order launchers, op definitions, function."""
 from fastgpt.cpu.attention import attention
 from fastgpt.cpu.cross_entropy import cross_entropy
-from fastgpt.cpu.extension import MISSING
 from fastgpt.cpu.gelu import bias_gelu, gelu
 from fastgpt.cpu.launch import DTYPES
 from fastgpt.cpu.layer_norm import add_layer_norm, layer_norm
 from fastgpt.cpu.linear import linear
+from fastgpt.cpu.paged import paged_attention, store_kv
+from fastgpt.extension import MISSING
 
 KERNELS = {"gelu": gelu, "bias_gelu": bias_gelu, "layer_norm": layer_norm, "add_layer_norm": add_layer_norm,
-           "linear": linear, "attention": attention, "cross_entropy": cross_entropy}
+           "linear": linear, "attention": attention, "cross_entropy": cross_entropy,
+           "store_kv": store_kv, "paged_attention": paged_attention}
 MAX_HEAD_SIZE = 256
 
 

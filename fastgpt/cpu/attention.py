@@ -1,7 +1,7 @@
 """Attention: launchers of csrc/cpu/attention.inl and attention_backward.inl, and their PyTorch ops."""
 import torch
 
-from fastgpt.cpu.extension import _C
+from fastgpt.extension import _C
 from fastgpt.cpu.launch import DTYPES, dense, pointer
 from fastgpt.torch_op import define, needs_gradient
 

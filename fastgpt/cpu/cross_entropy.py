@@ -6,7 +6,7 @@ each row has a gradient of its own (reduction="none") does backward compute the 
 """
 import torch
 
-from fastgpt.cpu.extension import _C
+from fastgpt.extension import _C
 from fastgpt.cpu.gemm import matmul
 from fastgpt.cpu.launch import DTYPES, dense, pointer
 from fastgpt.cpu.linear import bfloat16_product

@@ -1,7 +1,7 @@
 """GELU, alone and behind a bias: launchers of csrc/cpu/gelu.inl and their PyTorch ops."""
 import torch
 
-from fastgpt.cpu.extension import _C
+from fastgpt.extension import _C
 from fastgpt.cpu.launch import DTYPES, dense, pointer, rows_of
 from fastgpt.torch_op import define
 

@@ -1,7 +1,7 @@
 """The matrix product of csrc/cpu/gemm.inl on strided matrices: the launcher that linear and the fused head share."""
 import torch
 
-from fastgpt.cpu.extension import _C
+from fastgpt.extension import _C
 from fastgpt.cpu.launch import DTYPES, pointer
 
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}

@@ -1,7 +1,7 @@
 """Layer norm, alone and behind a residual add: launchers of csrc/cpu/layer_norm.inl and their PyTorch ops."""
 import torch
 
-from fastgpt.cpu.extension import _C
+from fastgpt.extension import _C
 from fastgpt.cpu.launch import DTYPES, dense, pointer, rows_of
 from fastgpt.torch_op import define
 

@@ -4,7 +4,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fastgpt.cpu.extension import _C, HAS_BF16
+from fastgpt.extension import _C, HAS_BF16
 from fastgpt.cpu.gelu import gelu
 from fastgpt.cpu.gemm import ACTIVATIONS, matmul
 from fastgpt.cpu.launch import DTYPES, dense, pointer

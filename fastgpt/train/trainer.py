@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastgpt.cpu.extension import HAS_BF16
+from fastgpt.extension import HAS_BF16
 from fastgpt.evaluate import perplexity, plan_windows, score
 from fastgpt.train.average import Average
 from fastgpt.train.config import TrainConfig

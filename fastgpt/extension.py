@@ -9,7 +9,7 @@ try:
 except ImportError as error:
     _C = None
     # A checkout shadows an installed fastgpt wherever Python starts in it.
-    source = Path(__file__).parents[2]
+    source = Path(__file__).parents[1]
     cure = f"pip install -e {source}" if (source / "setup.py").exists() else "reinstall fastgpt"
     MISSING = (f"the extension fastgpt._C can't be imported ({error}): it was not built here, or built with "
                f"FASTGPT_BUILD=none; {cure}, with FASTGPT_BUILD=auto")

@@ -1,0 +1,53 @@
+"""The model on the CPU: packed weights, the pages of the KV cache, and one C++ call for a step."""
+import numpy as np
+
+from fastgpt import extension
+from fastgpt.engine.memory import Arena, address, rounded
+from fastgpt.engine.weights import ACTIVATIONS
+from fastgpt.extension import _C
+
+# The dtype of keys and values: the kernels' number, and numpy's dtype of the same size.
+CACHE_DTYPES = {"float32": (0, np.float32), "bfloat16": (1, np.uint16), "int8": (2, np.int8)}
+LANES = 16  # keys that lie side by side in a page: csrc/cpu/paged_attention.inl
+
+
+class CpuRunner:
+    def __init__(self, weights, num_pages, page_size, cache_dtype, threads=None):
+        self.weights, self.threads = weights, threads
+        config, layers = weights.config, weights.config.n_layer
+        number, dtype = CACHE_DTYPES[cache_dtype]
+        head_size = config.n_embd // config.n_head
+        tokens = num_pages * config.n_head * page_size  # keys of all heads of a layer
+        self.bytes_per_token = 2 * layers * config.n_head * (head_size * np.dtype(dtype).itemsize + 4 * (number == 2))
+        size = 2 * layers * (rounded(tokens * head_size * np.dtype(dtype).itemsize) + rounded(4 * tokens))
+        arena = Arena(size, huge=False)  # small pages: only what is used takes memory
+        self._pages = [[arena.take((num_pages, tokens // num_pages * head_size), dtype) for _ in range(2)]
+                       for _ in range(layers)]
+        self._scales = [[arena.take((num_pages, tokens // num_pages), np.float32) for _ in range(2)]
+                        for _ in range(layers if number == 2 else 0)]
+        caches = []
+        for layer in range(layers):
+            scales = map(address, self._scales[layer]) if self._scales else (0, 0)
+            caches.append((number, *map(address, self._pages[layer]), *scales, page_size, config.n_head, head_size))
+        sizes = (config.n_embd, config.n_head, config.inner_width, config.vocab_size, ACTIVATIONS[config.activation],
+                 config.layer_norm_epsilon)
+        self._decoder = _C.Decoder(sizes, weights.layers, caches, weights.ln_f, weights.head, weights.embedding,
+                                   weights.positions)
+
+    def step(self, tokens, sequences, wanted, logits):
+        """Runs tokens (M,) int32 of `sequences` (S, 4) int64, rows as csrc/engine.h's PagedSequence has them, and writes
+        the logits (L, V) float32 of the rows `wanted` (L,) int32."""
+        if _C.active_level() != self.weights.level:
+            raise RuntimeError(f"these weights were packed for the level {self.weights.level}, but {_C.active_level()} is "
+                               "in use now")
+        if self.threads is not None and _C.threads() != self.threads:
+            extension.set_num_threads(self.threads)
+        self._decoder.step(address(tokens), len(tokens), address(sequences), len(sequences), address(wanted),
+                           len(wanted), address(logits))
+
+    def copy_pages(self, copies):
+        """copies: (page, copy) pairs."""
+        for page, copy in copies:
+            for layer in (*self._pages, *self._scales):
+                for array in layer:
+                    array[copy] = array[page]

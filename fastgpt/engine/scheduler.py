@@ -1,0 +1,112 @@
+"""Requests into steps: which sequences run, what each contributes to the next step, and the pages they hold.
+
+A request is let in when the pages that it may come to need are free: nothing is ever taken back from one that runs.
+"""
+from collections import deque
+
+import numpy as np
+
+from fastgpt.engine.memory import address
+from fastgpt.engine.pages import OutOfPages
+from fastgpt.engine.sequence import Sequence
+
+
+class Reservations:
+    """How many of an allocator's pages are promised to requests: shared by all that run on it."""
+
+    def __init__(self, pages):
+        self.pages, self.promised = pages, 0
+
+    def take(self, count):
+        """Whether so many pages could be promised."""
+        if self.promised + count > self.pages.num_pages:
+            return False
+        self.promised += count
+        return True
+
+    def give_back(self, count):
+        self.promised -= count
+
+
+class Scheduler:
+    """The sequences of one call. max_tokens: of a step at most; longer prompts are read in pieces."""
+
+    def __init__(self, reservations, runner, requests, max_tokens):
+        self.reservations, self.pages, self.runner = reservations, reservations.pages, runner
+        self.max_tokens = max_tokens
+        self.waiting, self.running = deque(requests), []
+        self._tables = {}  # sequence -> its block table as an array
+        self._unfinished = {}  # request -> its sequences that still run
+
+    def admit(self):
+        """Lets waiting requests in, in order, as long as their pages are free."""
+        while self.waiting and self.reservations.take(self.waiting[0].most_pages(self.pages)):
+            request = self.waiting.popleft()
+            self._unfinished[request] = 1
+            self._add(Sequence(request))
+        if not self.running and self.waiting:
+            raise OutOfPages(f"the KV cache has {self.pages.num_pages} pages of {self.pages.page_size} tokens, of which "
+                             f"{self.reservations.promised} are promised to others; a request needs "
+                             f"{self.waiting[0].most_pages(self.pages)}")
+
+    def plan(self):
+        """The next step: -> (sequences whose next token it gives, tokens, rows of `csrc/engine.h`'s PagedSequence, rows
+        of the tokens whose logits are wanted)."""
+        budget, row, ready, tokens, rows, wanted = self.max_tokens, 0, [], [], [], []
+        for sequence in self.running:
+            begin, count = sequence.computed, min(sequence.length - sequence.computed, budget)
+            if count == 0:
+                break
+            self._reserve(sequence, count)
+            rows.append((row, count, begin, address(self._tables[sequence])))
+            tokens.append(sequence.ids[begin:begin + count])
+            sequence.computed += count
+            budget, row = budget - count, row + count
+            if sequence.computed == sequence.length:
+                ready.append(sequence)
+                wanted.append(row - 1)
+        tokens = tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
+        return ready, tokens, np.array(rows, np.int64), np.array(wanted, np.int32)
+
+    def fork(self, sequence):
+        """The samples of a sequence whose prompt has been read: itself and its siblings, which share its pages."""
+        siblings = [sequence.sibling(sample) for sample in range(1, sequence.request.params.n)]
+        self._unfinished[sequence.request] += len(siblings)
+        for sibling in siblings:
+            self.pages.fork(sequence, sibling)
+            self._add(sibling, at=self.running.index(sequence) + sibling.sample)
+        return [sequence, *siblings]
+
+    def finish(self, sequence):
+        self.running.remove(sequence)
+        del self._tables[sequence]
+        self.pages.free(sequence)
+        self._unfinished[sequence.request] -= 1
+        if self._unfinished[sequence.request] == 0:
+            del self._unfinished[sequence.request]
+            self.reservations.give_back(sequence.request.most_pages(self.pages))
+
+    def close(self):
+        """Ends whatever runs: every page is free again."""
+        for sequence in list(self.running):
+            self.finish(sequence)
+        self.waiting.clear()
+
+    def _add(self, sequence, at=None):
+        self._tables[sequence] = np.zeros(self.pages.pages_for(sequence.request.most_tokens), np.int32)
+        if at is None:
+            self.pages.allocate(sequence, 0)
+        self.running.insert(len(self.running) if at is None else at, sequence)
+        self._refresh(sequence)
+
+    def _reserve(self, sequence, count):
+        """Room in the pages for the next `count` tokens."""
+        before = len(self.pages.table(sequence))
+        copies = self.pages.append(sequence, count)
+        self.runner.copy_pages(copies)
+        if copies or len(self.pages.table(sequence)) != before:
+            self._refresh(sequence)
+
+    def _refresh(self, sequence):
+        table = self.pages.table(sequence)
+        self._tables[sequence][:len(table)] = table

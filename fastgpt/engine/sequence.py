@@ -1,0 +1,104 @@
+"""A sequence in the making: its tokens, how its next one is drawn, and when it has ended."""
+import random
+
+import numpy as np
+
+from fastgpt.engine.memory import address
+from fastgpt.sampling import uniform
+
+
+class Request:
+    """A prompt and what is wanted of it. order: its place among the prompts of a call."""
+
+    def __init__(self, order, prompt, params, seed, most_tokens):
+        self.order, self.prompt, self.params = order, prompt, params
+        self.seed = random.getrandbits(63) if seed is None else seed
+        self.most_tokens = min(len(prompt) + params.max_tokens, most_tokens)  # of a sequence, prompt included
+        self.bias_ids = np.array(list(params.logit_bias), np.int32)
+        self.bias = np.array(list(params.logit_bias.values()), np.float32)
+
+    def most_pages(self, pages):
+        """How many pages of an allocator its sequences may come to hold: whole pages of the prompt are shared."""
+        shared = len(self.prompt) // pages.page_size
+        return shared + self.params.n * (pages.pages_for(self.most_tokens) - shared)
+
+
+class Sequence:
+    """One of a request's n samples. ids[:length] are its tokens; `computed` of them are in the KV cache."""
+
+    def __init__(self, request, sample=0):
+        self.request, self.sample = request, sample
+        self.ids = np.empty(request.most_tokens + 1, np.int32)
+        self.ids[:len(request.prompt)] = request.prompt
+        self.length, self.computed = len(request.prompt), 0
+        self.finish_reason = self.stop_reason = None
+        self.logprobs = [] if request.params.logprobs is not None else None
+        self._draw = self._constant_draw()
+
+    @property
+    def new_ids(self):
+        return self.ids[len(self.request.prompt):self.length].tolist()
+
+    def sibling(self, sample):
+        """Another sample of the same request, which has got no token yet."""
+        other = Sequence(self.request, sample)
+        other.computed = self.computed
+        return other
+
+    def _constant_draw(self):
+        """csrc/engine.h's Draw as far as it does not change; None where it changes with each token."""
+        p, r = self.request.params, self.request
+        bias = (address(r.bias_ids), address(r.bias), len(r.bias)) if len(r.bias) else (0, 0, 0)
+        self._head = (p.temperature, p.top_k or 0, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty,
+                      p.frequency_penalty)
+        self._tail = bias
+        if p.temperature == 0 and not p.penalises:
+            return (*self._head, 0.0, 0, 0, 0, *bias)
+        return None
+
+    def draw(self):
+        """csrc/engine.h's Draw for the next token."""
+        if self._draw is not None:
+            return self._draw
+        number = uniform(self.request.seed, self.sample, self.length)
+        return (*self._head, number, address(self.ids), len(self.request.prompt), self.length, *self._tail)
+
+    def push(self, token, ending):
+        """ending: an `Ending`, which knows what ends a sequence."""
+        self.ids[self.length] = token
+        self.length += 1
+        self.finish_reason, self.stop_reason = ending.look(self, token)
+
+
+class Ending:
+    """What ends the sequences of a request: ids, stop strings, or its length."""
+
+    def __init__(self, params, tokenizer):
+        self.stop, self.decode = params.stop, None if tokenizer is None else tokenizer.decode
+        self.ids = set(params.stop_token_ids)
+        self.eos = None if tokenizer is None or params.ignore_eos else getattr(tokenizer, "eos_token_id", None)
+        # A stop string that has just become whole lies within so many last bytes.
+        self.tail = max((len(text.encode()) for text in self.stop), default=0) + 1
+
+    def look(self, sequence, token):
+        """(finish reason, stop reason) behind a new token, None and None while the sequence goes on."""
+        if token == self.eos:
+            return "stop", None
+        if token in self.ids:
+            return "stop", token
+        if self.stop:
+            found = self._stop_string(sequence.new_ids)
+            if found is not None:
+                return "stop", found
+        return ("length" if sequence.length >= sequence.request.most_tokens else None), None
+
+    def _stop_string(self, ids):
+        width = self.tail
+        while True:
+            text = self.decode(ids[-width:])
+            found = [(text.index(stop), stop) for stop in self.stop if stop in text]
+            if found:
+                return min(found)[1]
+            if width >= len(ids) or len(text.encode()) >= self.tail:
+                return None
+            width *= 2  # some tokens added no text

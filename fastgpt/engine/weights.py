@@ -1,0 +1,221 @@
+"""A model's weights as the engine reads them: packed once, matrix by matrix, from a checkpoint or from a model.
+
+A directory's safetensors files are read piece by piece, without torch: beside the packed weights there is never more than
+one matrix (of the embedding, a run of rows) in memory. Every other source becomes a `fastgpt.GPT` first.
+"""
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from fastgpt.config import GPTConfig
+from fastgpt.engine.memory import Arena, address, rounded
+from fastgpt.extension import _C, MISSING
+
+FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}  # kernels' numbers, csrc/engine.h
+ACTIVATIONS = {"gelu": 1, "gelu_tanh": 2, "relu": 3}  # csrc/kernels.h
+# safetensors' names of what can be read: numpy's dtype to read it with, and the kernels' number where they take it.
+STORED = {"F32": (np.float32, 0), "BF16": (np.uint16, 1), "F16": (np.float16, None), "F64": (np.float64, None)}
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+ROWS = 4096  # of an embedding, read at a time
+HEAD, EMBEDDING, POSITIONS = "lm_head.weight", "transformer.wte.weight", "transformer.wpe.weight"
+
+
+class FileTensor:
+    """A tensor in a safetensors file. transposed: it is stored as (K, N), as Hugging Face's Conv1D has it."""
+
+    def __init__(self, file, shape, kind, offset, transposed=False):
+        self.file, self.kind, self.offset, self.transposed = file, kind, offset, transposed
+        self.stored_shape = tuple(shape)
+        self.shape = self.stored_shape[::-1] if transposed else self.stored_shape
+
+    def read(self, begin=0, end=None):
+        """Rows [begin, end): (array, the kernels' dtype number). A transposed tensor is read whole."""
+        dtype, number = STORED[self.kind]
+        rows = self.stored_shape if self.transposed or end is None else (end - begin, *self.stored_shape[1:])
+        width = math.prod(self.stored_shape[1:]) * np.dtype(dtype).itemsize
+        with open(self.file, "rb") as file:
+            file.seek(self.offset + begin * width)
+            array = np.fromfile(file, dtype, math.prod(rows))
+        if array.size != math.prod(rows):
+            raise ValueError(f"{self.file} ends within a tensor")
+        array = array.reshape(rows)
+        if number is None:
+            array, number = array.astype(np.float32), 0
+        return (array.T if self.transposed else array), number
+
+
+class ModelTensor:
+    """A parameter of a `fastgpt.GPT` in memory."""
+
+    def __init__(self, tensor):
+        import torch
+        tensor = tensor.detach().cpu()
+        self.number = 1 if tensor.dtype == torch.bfloat16 else 0
+        self.array = (tensor.view(torch.int16) if self.number else tensor.float()).numpy()
+        self.shape = self.array.shape
+
+    def read(self, begin=0, end=None):
+        return self.array[begin:end], self.number
+
+
+def of_directory(path):
+    """(config, {name: FileTensor}) of a directory with config.json and safetensors, as transformers and we write it; None
+    where the weights have another form."""
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        return None
+    if (path / "model.safetensors").is_file():
+        files = [path / "model.safetensors"]
+    elif (path / "model.safetensors.index.json").is_file():
+        index = json.loads((path / "model.safetensors.index.json").read_text())
+        files = [path / name for name in sorted(set(index["weight_map"].values())) if Path(name).name == name]
+    else:
+        return None
+    try:
+        config = GPTConfig.from_hf(json.loads((path / "config.json").read_bytes()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path / 'config.json'}: {error}") from error
+    tensors = {}
+    for file in files:
+        tensors.update(_tensors_of(file))
+    _check(config, tensors, path)
+    return config, tensors
+
+
+def of_model(model):
+    """The same of a `fastgpt.GPT`."""
+    return model.config, {name: ModelTensor(tensor) for name, tensor in model.state_dict().items()}
+
+
+def shapes(config):
+    """{name: shape} of every parameter of a model, a tied head left out."""
+    C, inner, block = config.n_embd, config.inner_width, {}
+    for name, n, k in (("attn.c_attn", 3 * C, C), ("attn.c_proj", C, C), ("mlp.c_fc", inner, C), ("mlp.c_proj", C, inner)):
+        block[f"{name}.weight"], block[f"{name}.bias"] = (n, k), (n,)
+    for name in ("ln_1", "ln_2"):
+        block[f"{name}.weight"] = block[f"{name}.bias"] = (C,)
+    found = {EMBEDDING: (config.vocab_size, C), POSITIONS: (config.block_size, C),
+             "transformer.ln_f.weight": (C,), "transformer.ln_f.bias": (C,)}
+    for layer in range(config.n_layer):
+        found.update({f"transformer.h.{layer}.{name}": shape for name, shape in block.items()})
+    if not config.tie_word_embeddings:
+        found[HEAD] = (config.vocab_size, C)
+    return {name: shape for name, shape in found.items() if config.bias or not name.endswith(".bias")}
+
+
+def _tensors_of(file):
+    try:
+        import safetensors
+        with safetensors.safe_open(file, framework="np"):  # the library checks the header and the file's size
+            pass
+        with open(file, "rb") as data:
+            size = int.from_bytes(data.read(8), "little")
+            header = json.loads(data.read(size))
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not a valid safetensors file ({error})") from error
+    header.pop("__metadata__", None)
+    found = {}
+    for name, entry in header.items():
+        ours = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        found[ours] = FileTensor(file, entry["shape"], entry["dtype"], 8 + size + entry["data_offsets"][0],
+                                 transposed=ours.endswith(CONV1D))
+    return found
+
+
+def _check(config, tensors, path):
+    expected = shapes(config) if config.n_layer <= len(tensors) else {}
+    if not expected:
+        raise ValueError(f"{path}: the config says n_layer = {config.n_layer}, but there are {len(tensors)} tensors")
+    missing = sorted(expected.keys() - tensors.keys())
+    if missing:
+        raise ValueError(f"{path}: missing the tensors {', '.join(missing[:8])}")
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise ValueError(f"{path}: the tensor {name!r} has shape {tensors[name].stored_shape}, but the config says "
+                             f"{shape[::-1] if tensors[name].transposed else shape}")
+        if tensors[name].kind not in STORED:
+            raise ValueError(f"{path}: the tensor {name!r} is {tensors[name].kind}; expected one of {', '.join(STORED)}")
+
+
+class PackedWeights:
+    """The weights of one model in one format, for the instruction-set level that is in use when they are packed.
+
+    streamed_bytes: what a token reads of them, the head included.
+    """
+
+    def __init__(self, config, tensors, dtype):
+        if _C is None:
+            raise RuntimeError(f"the decode engine needs the extension: {MISSING}")
+        if dtype not in FORMATS:
+            raise ValueError(f"dtype must be one of {', '.join(FORMATS)}, got {dtype!r}")
+        self.config, self.dtype, self.level = config, dtype, _C.active_level()
+        self._tensors, self._format, self._columns = tensors, FORMATS[dtype], _C.panel_columns()
+        names = [name for name, shape in shapes(config).items() if len(shape) == 2 and name not in (EMBEDDING, POSITIONS)]
+        head = HEAD if HEAD in names else EMBEDDING
+        matrices = [*(name for name in names if name != HEAD), head]
+        # The embedding's own panels, where the head's are another matrix or too coarse.
+        own = config.tie_word_embeddings is False or dtype == "int4"
+        self._embedding_format = FORMATS["int8"] if dtype == "int4" else self._format
+        sizes = [self._size(name, self._format) for name in matrices]
+        self.streamed_bytes = sum(sizes)
+        self._arena = Arena(sum(sizes) + (self._size(EMBEDDING, self._embedding_format) if own else 0))
+        self._vectors = []  # what the kernels point to
+        self._packed = {name: self._pack(name, self._format) for name in matrices}
+        self.head = self._packed[head]
+        self.embedding = self._pack(EMBEDDING, self._embedding_format) if own else self.head
+        self.positions = self.vector(POSITIONS)
+        self.ln_f = self.norm("transformer.ln_f")
+        self.layers = [self._layer(f"transformer.h.{i}", i) for i in range(config.n_layer)]
+        del self._tensors
+
+    def _layer(self, name, index):
+        config = self.config
+        scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            scale /= index + 1
+        matrix = {part: self._packed[f"{name}.{part}.weight"] for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc",
+                                                                           "mlp.c_proj")}
+        return (self.norm(f"{name}.ln_1"), matrix["attn.c_attn"], matrix["attn.c_proj"], self.norm(f"{name}.ln_2"),
+                matrix["mlp.c_fc"], matrix["mlp.c_proj"], scale)
+
+    def norm(self, name):
+        return self.vector(f"{name}.weight"), self.vector(f"{name}.bias")
+
+    def vector(self, name):
+        """The address of a small tensor as float32; 0 where there is none."""
+        if name not in self._tensors:
+            return 0
+        array, number = self._tensors[name].read()
+        if number == 1:
+            array = (array.astype(np.uint32) << 16).view(np.float32)
+        self._vectors.append(np.ascontiguousarray(array, np.float32))
+        return address(self._vectors[-1])
+
+    def _size(self, name, fmt):
+        N, K = self._tensors[name].shape
+        return rounded(-(-N // self._columns) * _C.panel_bytes(fmt, K))
+
+    def _pack(self, name, fmt):
+        """(format, N, K, address, bias) of a weight (N, K), packed."""
+        tensor = self._tensors[name]
+        N, K = tensor.shape
+        panels = self._arena.take((self._size(name, fmt),), np.uint8)
+        step = N if getattr(tensor, "transposed", False) else ROWS // self._columns * self._columns
+        for begin in range(0, N, step):
+            rows, number = tensor.read(begin, min(begin + step, N))
+            strides = [stride // rows.itemsize for stride in rows.strides]
+            _C.pack_weight(fmt, number, address(rows), rows.shape[0], K, *strides,
+                           address(panels) + begin // self._columns * _C.panel_bytes(fmt, K))
+        return fmt, N, K, address(panels), self._bias(name.removesuffix("weight") + "bias", N)
+
+    def _bias(self, name, N):
+        """A bias, padded to whole panels."""
+        if name not in self._tensors:
+            return 0
+        bias = np.zeros(-(-N // self._columns) * self._columns, np.float32)
+        array, number = self._tensors[name].read()
+        bias[:N] = (array.astype(np.uint32) << 16).view(np.float32) if number == 1 else array
+        self._vectors.append(bias)
+        return address(bias)

@@ -1,0 +1,44 @@
+"""A small model for the engine's tests, and an LLM that remembers the logits of every token it was asked for."""
+import numpy as np
+import torch
+
+from fastgpt import GPT, GPTConfig, LLM
+
+V = 61
+
+
+def small_model(**changes):
+    """Sizes that are multiples of nothing: heads of 7, 35 channels, 61 tokens."""
+    torch.manual_seed(3)
+    settings = {"block_size": 300, "vocab_size": V, "n_layer": 2, "n_head": 5, "n_embd": 35, "n_inner": 91,
+                "initializer_range": 0.25}
+    return GPT(GPTConfig(**{**settings, **changes})).eval()
+
+
+class Recorder(LLM):
+    """An LLM; seen: {tokens so far: the bits of the logits behind them}. Different bits for the same tokens are an error."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seen = {}
+
+    def _sample(self, ready, logits):
+        for sequence, row in zip(ready, logits):
+            tokens = tuple(sequence.ids[:sequence.length].tolist())
+            known = self.seen.setdefault(tokens, row.tobytes())
+            assert known == row.tobytes(), f"other bits after {len(tokens)} tokens"
+        return super()._sample(ready, logits)
+
+
+def prompt(rng, length):
+    return rng.integers(0, V, length).tolist()
+
+
+def logits_of(model, tokens):
+    """The model's own logits behind the last token, in float64."""
+    with torch.no_grad():
+        return model(torch.tensor([tokens]))[0][0, -1].double().numpy()
+
+
+def floats(row):
+    return np.frombuffer(row, np.float32)
