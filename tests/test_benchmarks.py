@@ -30,8 +30,7 @@ from benchmarks import (
 from benchmarks.neighbours import WINDOW, Neighbours, busy_seconds
 from benchmarks.processes import Process, memory_mb
 from benchmarks.threads import use_threads
-from fastgpt import GPT, ops
-from fastgpt import extension
+from fastgpt import GPT, extension, ops
 
 needs_extension = pytest.mark.skipif(extension._C is None, reason=str(extension.MISSING))
 

@@ -1,8 +1,6 @@
 """fastgpt itself."""
 import time
 
-import torch
-
 import fastgpt
 
 
@@ -11,7 +9,7 @@ def make(source, folder, precision):
 
 
 class Engine:
-    version = f"this checkout, torch {torch.__version__}"
+    version = "this checkout"
 
     def __init__(self, source, folder, precision, threads):
         self.llm = fastgpt.LLM(source, dtype=precision, threads=threads)
