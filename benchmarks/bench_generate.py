@@ -7,6 +7,7 @@ under fastgpt's float32 reference has no figures; one that is missing or refuses
 
     variant, precision, version   the engine, what it calls its dtype, its version; None if it never started
     failure                       why it has no figures
+    shortfall                     of its tokens, as contestants.py checks it: what its rounding costs in likelihood
     prefill_tokens_per_second     of the prompts, up to the first new token of all of them
     decode_tokens_per_second      of the tokens after it, over the whole batch
     share, ceiling                the bytes of its matrices a second, of the read bandwidth of the same round
@@ -73,7 +74,7 @@ def _row(engine, key, result, reading, arithmetic):
     s, head, samples = engine.scenario, engine.head or {}, result.samples.get(engine.name)
     row = {"variant": engine.name, "precision": engine.precision, "version": head.get("version"), "scenario": key[0],
            "batch": s.batch, "prompt": s.prompt, "new": s.new, "dtype": key[1], "threads": key[2],
-           "failure": result.failures.get(engine.name), "dirty": result.dirty(engine.name),
+           "failure": result.failures.get(engine.name), "dirty": result.dirty(engine.name), "shortfall": engine.shortfall,
            "load_mb": head.get("load_mb"), "weight_bytes": head.get("weight_bytes"), "peak_mb": None,
            "prefill_tokens_per_second": None, "decode_tokens_per_second": None, "share": None,
            "ceiling": reading and reading.name, "cost": None, "floors": {}, "ratios": {}, "best": None, "targets": {},
