@@ -1,7 +1,7 @@
 """Decoding against the best engines there are: python -m benchmarks.bench_generate [--quick] [--save generate]
 
-Greedy, random weights, no end token. Every engine at every precision is a process of its own, loaded once, idle between
-its turns; the read bandwidth of the same rounds is what shares are of. An engine whose tokens are not the likeliest ones
+Greedy, random weights, no end token. Every engine at every precision is a process of its own, loaded once, idle
+between its turns; shares are of the read bandwidth of the same rounds. An engine whose tokens are not the likeliest
 under fastgpt's float32 reference has no figures; one that is missing or refuses is listed with its reason. The rivals:
 `pip install '.[peers]'`. The last line is one JSON document; its rows:
 
@@ -74,8 +74,9 @@ def _row(engine, key, result, reading, arithmetic):
     s, head, samples = engine.scenario, engine.head or {}, result.samples.get(engine.name)
     row = {"variant": engine.name, "precision": engine.precision, "version": head.get("version"), "scenario": key[0],
            "batch": s.batch, "prompt": s.prompt, "new": s.new, "dtype": key[1], "threads": key[2],
-           "failure": result.failures.get(engine.name), "dirty": result.dirty(engine.name), "shortfall": engine.shortfall,
-           "load_mb": head.get("load_mb"), "weight_bytes": head.get("weight_bytes"), "peak_mb": None,
+           "failure": result.failures.get(engine.name), "dirty": result.dirty(engine.name),
+           "shortfall": engine.shortfall, "load_mb": head.get("load_mb"), "peak_mb": None,
+           "weight_bytes": head.get("weight_bytes"),
            "prefill_tokens_per_second": None, "decode_tokens_per_second": None, "share": None,
            "ceiling": reading and reading.name, "cost": None, "floors": {}, "ratios": {}, "best": None, "targets": {},
            "verdicts": {}}
@@ -93,7 +94,8 @@ def _add_costs(row, engine, result, reading, arithmetic):
     s = engine.scenario
     row["cost"] = decoding.cost(decoding.MODELS[s.model], s, engine.dtype, row["weight_bytes"])
     if arithmetic:
-        row["floors"][arithmetic.name] = row["cost"]["flops"] / arithmetic.rate(result.timing(arithmetic.name)["median"])
+        peak = arithmetic.rate(result.timing(arithmetic.name)["median"])
+        row["floors"][arithmetic.name] = row["cost"]["flops"] / peak
     if reading:
         row["floors"][reading.name] = row["cost"]["bytes"] / reading.rate(result.timing(reading.name)["median"])
         if s.new > 1:  # a step reads the matrices once, for the whole batch

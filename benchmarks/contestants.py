@@ -15,8 +15,8 @@ CHECKED_ROWS = 2
 # How far a token's logit may lie below the largest, in standard deviations of the logits, under the float32 reference.
 # Of ours in float32, each token: both sides' rounding, far below the distance between likely tokens.
 TIE = 1e-4
-# Of all the others the mean over the tokens: what a 16-bit cache of keys and values and rounded weights may cost. A token
-# chosen by chance lies 4 below (2 among 33 tokens).
+# Of all the others the mean over the tokens: what rounded weights, keys and values may cost. A token chosen by chance
+# lies 4 below (2 among 33 tokens).
 MEAN_SHORTFALL = {"float32": 0.001, "bfloat16": 0.005, "int8": 0.05, "int4": 0.6}
 
 
@@ -78,7 +78,8 @@ class Contestant(Process):
         self.precision = ENGINES[self.engine].precisions.get(self.dtype)
         self.scenario, self.models, self.cap, self.shortfall = scenario, models, cap, None
         # Every rival under its own defaults: `import fastgpt` has set the first in this process.
-        super().__init__(name, None, env={"OMP_WAIT_POLICY": None, "OMP_NUM_THREADS": str(self.threads)}, log=models.log)
+        threads = {"OMP_WAIT_POLICY": None, "OMP_NUM_THREADS": str(self.threads)}
+        super().__init__(name, None, env=threads, log=models.log)
 
     def prepare(self):
         if self.precision is None:

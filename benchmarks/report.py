@@ -117,8 +117,9 @@ def _generate_row(name, ours, *rivals):
     if ours["failure"]:
         return [*start, "-", "-", "-", "-", targets or "-"]
     share = f"{ours['share']['median']:.0%} of {ours['ceiling']}" if ours["share"] else "-"
-    faster = [f"{'**' * (r['variant'] == ours['best'])}{ours['ratios'][r['variant']]['median']:.2f}"
-              f"{'**' * (r['variant'] == ours['best'])} {called(r)}" for r in rivals if ours["ratios"].get(r["variant"])]
+    ratios = {called(r): (ours["ratios"][r["variant"]]["median"], "**" * (r["variant"] == ours["best"]))
+              for r in rivals if ours["ratios"].get(r["variant"])}
+    faster = [f"{bold}{ratio:.2f}{bold} {rival}" for rival, (ratio, bold) in ratios.items()]
     memory = f"{ours['peak_mb']:.0f}" if ours["peak_mb"] else "-"
     return [*start, quartiles(plots.main_rate(ours), 0), share, memory, ", ".join(faster) or "-", targets or "-"]
 

@@ -3,8 +3,8 @@
 An adapter's module has
     make(source, folder, precision)            writes the engine's own files from a Hugging Face folder, before any run
     Engine(source, folder, precision, threads) loads them
-        .generate(prompts, new)                greedy, never ended early: -> (ids, times), `new` ids for each prompt, and
-                                               the time.perf_counter() at which each of them was known
+        .generate(prompts, new)                greedy, never ended early: -> (ids, times), `new` ids for each prompt,
+                                               and the time.perf_counter() at which each of them was known
         .weight_bytes                          of the matrices that a step reads, the head's included
         .version
 `pytorch` has the models that the training benchmark runs. This file needs the standard library alone, since an engine

@@ -1,7 +1,7 @@
 """ONNX Runtime on a graph of its fused operators, the ones that onnxruntime-genai builds other decoders of.
 
-That builder knows no GPT-2, so the graph is written here: GroupQueryAttention on a cache that is bound once and grows in
-place, SkipLayerNormalization, FastGelu, and MatMulNBits for 8 and 4 bits (blocks of 32, int8 arithmetic).
+That builder knows no GPT-2, so the graph is written here: GroupQueryAttention on a cache that is bound once and grows
+in place, SkipLayerNormalization, FastGelu, and MatMulNBits for 8 and 4 bits (blocks of 32, int8 arithmetic).
 """
 import time
 from pathlib import Path
@@ -28,7 +28,7 @@ def make(source, folder, precision):
 
 
 def quantise(matrix, bits):
-    """(out, in) -> MatMulNBits's blob (out, blocks, bytes) and scales (out, blocks): symmetric, offset by 2^(bits-1)."""
+    """(out, in) -> MatMulNBits's blob (out, blocks, bytes) and scales (out, blocks): symmetric, with an offset."""
     groups = matrix.reshape(len(matrix), -1, BLOCK)
     top = 2 ** (bits - 1)
     peak = np.take_along_axis(groups, np.abs(groups).argmax(-1, keepdims=True), -1)
