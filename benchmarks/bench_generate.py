@@ -29,7 +29,7 @@ from benchmarks.machine import describe, one_line
 from benchmarks.neighbours import QUICK_PATIENCE, Neighbours
 from benchmarks.peers import DTYPES, OURS, RIVALS
 from benchmarks.threads import thread_counts, use_threads
-from benchmarks.timing import compare, spread
+from benchmarks.timing import compare, rate
 
 DEFAULT_SCENARIOS = ("decode", "batch", "prefill", "long", "small")
 
@@ -71,21 +71,19 @@ def measure(settings, models, key, neighbours):
 
 
 def _row(engine, key, result, reading, arithmetic):
-    s, head, samples = engine.scenario, engine.head or {}, result.samples.get(engine.name)
+    s, head = engine.scenario, engine.head or {}
     row = {"variant": engine.name, "precision": engine.precision, "version": head.get("version"), "scenario": key[0],
            "batch": s.batch, "prompt": s.prompt, "new": s.new, "dtype": key[1], "threads": key[2],
            "failure": result.failures.get(engine.name), "dirty": result.dirty(engine.name),
            "shortfall": engine.shortfall, "load_mb": head.get("load_mb"), "peak_mb": None,
-           "weight_bytes": head.get("weight_bytes"),
-           "prefill_tokens_per_second": None, "decode_tokens_per_second": None, "share": None,
-           "ceiling": reading and reading.name, "cost": None, "floors": {}, "ratios": {}, "best": None, "targets": {},
-           "verdicts": {}}
-    if samples:
-        values = [sample.values for sample in samples]
-        row["peak_mb"] = values[-1]["peak_mb"]
-        row["prefill_tokens_per_second"] = spread(s.batch * s.prompt / v["first_seconds"] for v in values)
+           "weight_bytes": head.get("weight_bytes"), "prefill_tokens_per_second": None,
+           "decode_tokens_per_second": None, "share": None, "ceiling": reading and reading.name, "cost": None,
+           "floors": {}, "ratios": {}, "best": None, "targets": {}, "verdicts": {}}
+    if result.samples.get(engine.name):
+        row["peak_mb"] = result.samples[engine.name][-1].values["peak_mb"]
+        row["prefill_tokens_per_second"] = rate(result.timing(engine.name, "first_seconds"), s.batch * s.prompt)
         if s.new > 1:
-            row["decode_tokens_per_second"] = spread(1 / v["token_seconds"] for v in values)
+            row["decode_tokens_per_second"] = rate(result.timing(engine.name, "token_seconds"), 1)
         _add_costs(row, engine, result, reading, arithmetic)
     return row
 
@@ -99,9 +97,8 @@ def _add_costs(row, engine, result, reading, arithmetic):
     if reading:
         row["floors"][reading.name] = row["cost"]["bytes"] / reading.rate(result.timing(reading.name)["median"])
         if s.new > 1:  # a step reads the matrices once, for the whole batch
-            row["share"] = spread(row["weight_bytes"] / (sample.values["token_seconds"] * s.batch)
-                                  / reading.rate(top.seconds)
-                                  for sample, top in zip(result.samples[engine.name], result.samples[reading.name]))
+            a_token = row["weight_bytes"] / s.batch / reading.work
+            row["share"] = result.shares(engine.name, lambda seconds: a_token * seconds[reading.name], "token_seconds")
 
 
 def _compare_ours(row, engines, key, result):

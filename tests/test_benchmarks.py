@@ -77,6 +77,14 @@ def test_the_ratio_is_taken_round_by_round(alone):
     assert result.timing("b") == {"median": 2, "q1": 2, "q3": 20, "count": 5}
 
 
+def test_a_rate_and_a_share_of_what_a_contestant_measured(alone):
+    result = timing.Comparison(["a", "top"])
+    result.samples["a"] = [timing.Sample(9.0, values={"token_seconds": s}) for s in (1.0, 2.0, 4.0)]
+    result.samples["top"] = [timing.Sample(s) for s in (1.0, 1.0, 3.0)]
+    assert timing.rate(result.timing("a", "token_seconds"), 6) == {"median": 3, "q1": 2, "q3": 4, "count": 3}
+    assert result.shares("a", lambda seconds: seconds["top"], "token_seconds")["median"] == 0.75
+
+
 def test_the_order_rotates(alone):
     log = []
 
