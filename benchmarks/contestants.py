@@ -8,7 +8,7 @@ from benchmarks.decoding import MODELS
 from benchmarks.generation import random_prompts
 from benchmarks.peers import ENGINES, OURS
 from benchmarks.processes import Process
-from benchmarks.timing import Failure
+from benchmarks.timing import Failure, TooSlow
 from fastgpt import GPT, ops
 
 CHECKED_ROWS = 2
@@ -19,6 +19,8 @@ TIE = 1e-4
 # lies 4 below (2 among 33 tokens).
 MEAN_SHORTFALL = {"float32": 0.001, "bfloat16": 0.005, "int8": 0.05, "int4": 0.6}
 
+LIMIT = 4  # caps that a start may take, with its check and its first run
+
 
 class Models:
     """The models with random weights, and each engine's files of them, made when first asked for and kept in `folder`.
@@ -28,7 +30,7 @@ class Models:
 
     def __init__(self, folder, pythons, log):
         self.folder, self.pythons, self.log = Path(folder), pythons, log
-        self.models, self.failures = {}, {}
+        self.models, self.failures, self.slow = {}, {}, {}
 
     def model(self, name):
         if name not in self.models:
@@ -71,30 +73,42 @@ class Models:
 
 
 class Contestant(Process):
-    """An engine in one scenario. kind: (engine, dtype, threads). cap: seconds that a run may take."""
+    """An engine in one scenario. kind: (engine, dtype, threads). cap: seconds that a run may take.
+
+    What exceeds it is not started in the model's scenarios that follow.
+    """
 
     def __init__(self, name, kind, scenario, models, cap):
-        self.engine, self.dtype, self.threads = kind
+        self.kind, (self.engine, self.dtype, self.threads) = kind, kind
         self.precision = ENGINES[self.engine].precisions.get(self.dtype)
         self.scenario, self.models, self.cap, self.shortfall = scenario, models, cap, None
         # Every rival under its own defaults: `import fastgpt` has set the first in this process.
         threads = {"OMP_WAIT_POLICY": None, "OMP_NUM_THREADS": str(self.threads)}
-        super().__init__(name, None, env=threads, log=models.log)
+        super().__init__(name, None, env=threads, log=models.log, limit=LIMIT * cap)
 
     def prepare(self):
         if self.precision is None:
             raise Failure(f"{self.engine} has no {self.dtype} here")
         s = self.scenario
+        if (s.model, *self.kind) in self.models.slow:
+            raise Failure(f"not started: {self.models.slow[(s.model, *self.kind)]}")
         folder = self.models.files(s.model, self.engine, self.precision)
         self.command = self.models.command(self.engine, self.engine, self.precision, self.threads,
                                            self.models.source(s.model), folder, s.batch, s.prompt, s.new)
-        super().prepare()
-        self._check()
+        try:
+            super().prepare()
+            self._check_speed()
+        except TooSlow as slow:
+            self.models.slow[(s.model, *self.kind)] = f"in {s.label()}, {slow}"
+            raise
+        self._check_tokens()
 
-    def _check(self):
-        # A second chance: the first run may have been disturbed, which threads that spin bear badly.
+    def _check_speed(self):
+        """With a second chance: the first run may have been disturbed, which threads that spin bear badly."""
         if self.head["warm_seconds"] > self.cap and (seconds := self.sample().seconds) > self.cap:
-            raise Failure(f"a run takes {seconds:.0f} s, over the cap of {self.cap:g} s")
+            raise TooSlow(f"a run takes {seconds:.0f} s, over the cap of {self.cap:g} s")
+
+    def _check_tokens(self):
         s, model = self.scenario, self.models.model(self.scenario.model)
         prompts = random_prompts(model.config.vocab_size, s.batch, s.prompt, 0)
         exact = self.name == OURS and self.dtype == "float32"

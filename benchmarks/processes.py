@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 
-from benchmarks.timing import Failure, Sample
+from benchmarks.timing import Failure, Sample, TooSlow
 
 
 class Process:
@@ -55,7 +55,7 @@ class Process:
             ready, _, _ = select.select([self.child.stdout], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
                 self.close(kill=True)
-                raise Failure(f"took more than the limit of {self.limit:g} s")
+                raise TooSlow(f"took more than the limit of {self.limit:g} s")
             piece = os.read(self.child.stdout.fileno(), 1 << 16)
             if not piece:
                 raise Failure(f"died with exit status {self.child.wait()}")

@@ -28,6 +28,10 @@ class Failure(Exception):
     """A contestant gave a wrong result, died or took too long: its row says why and has no figures."""
 
 
+class TooSlow(Failure):
+    """It took longer than it may."""
+
+
 class Variant:
     """A contestant in this process.
 

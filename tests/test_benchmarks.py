@@ -408,6 +408,20 @@ def test_an_engine_that_is_not_there_says_so(alone, tmp_path):
     assert "ModuleNotFoundError" in (tmp_path / "log").read_text()
 
 
+def test_an_engine_that_is_too_slow_is_not_started_again(monkeypatch, alone, tmp_path):
+    models = contestants.Models(tmp_path, {}, tmp_path / "log")
+    scenario = decoding.SCENARIOS["tiny"]
+    engine, again = (contestants.Contestant("x", ("transformers", "float32", 1), scenario, models, cap)
+                     for cap in (0.0, 30.0))
+    engine.limit = 60.0
+    result = timing.compare([engine], rounds=1, neighbours=alone)
+    engine.close()
+    assert result.failures == {"x": "a run takes 0 s, over the cap of 0 s"}
+    result = timing.compare([again], rounds=1, neighbours=alone)
+    assert result.failures == {"x": "not started: in 2 x 5 + 4, a run takes 0 s, over the cap of 0 s"}
+    assert again.child is None
+
+
 def test_a_child_can_be_spared_a_variable(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     assert "OMP_WAIT_POLICY" not in Process("child", [], env={"OMP_WAIT_POLICY": None}).env
