@@ -13,7 +13,8 @@ under fastgpt's float32 reference has no figures; one that is missing or refuses
     share, ceiling                the bytes of its matrices a second, of the read bandwidth of the same round
     load_mb, peak_mb              the process's peak memory (VmHWM) until it was loaded, and after that
     cost, floors                  {"bytes", "flops"} that a token takes at least; the seconds of each by its ceiling
-    ratios, best                  of ours: rival -> how many times as fast ours is, round by round; the best rival
+    ratios, best                  of ours: rival -> how many times as fast ours is, round by round; the one that
+                                  comes nearest, of the same dtype
     targets, verdicts             of ours: target -> what it should be, and whether it is "met", "missed" or "unknown"
 """
 import argparse
@@ -106,9 +107,9 @@ def _compare_ours(row, engines, key, result):
     measure = SCENARIOS[key[0]].measure
     timed = [e for e in engines[1:] if result.samples.get(e.name)]
     row["ratios"] = {e.name: result.ratio(OURS, e.name, measure) for e in timed} if result.samples.get(OURS) else {}
-    fastest = min((e for e in timed if e.dtype == key[1]), default=None,
-                  key=lambda e: result.timing(e.name, measure)["median"])
-    row["best"], row["targets"] = fastest and fastest.name, decoding.targets(*key)
+    alike = [e.name for e in timed if e.dtype == key[1] and e.name in row["ratios"]]
+    row["best"] = min(alike, default=None, key=lambda name: row["ratios"][name]["median"])
+    row["targets"] = decoding.targets(*key)
     baseline = next((e.name for e in engines if f"{e.engine} {e.dtype}" == BASELINE), None)
     row["verdicts"] = decoding.verdicts(row["targets"], {
         "best rival": row["ratios"].get(row["best"]), BASELINE: row["ratios"].get(baseline), "share": row["share"]})

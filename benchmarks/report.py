@@ -107,7 +107,9 @@ def generate_table(rows):
         groups.setdefault((row["scenario"], row["dtype"], row["threads"]), []).append(row)
     header = ["", "batch x prompt + new", "dtype", "threads", "tokens/s", "share of its ceiling", "peak memory, MB",
               "as fast as the rivals, times", "targets"]
-    return markdown(header, [_generate_row(name, *group) for name, group in groups.items()]) + _without_figures(rows)
+    versions = sorted({row["version"] for row in rows if row["version"] and row["variant"] != "fastgpt"})
+    return (markdown(header, [_generate_row(name, *group) for name, group in groups.items()]) + _without_figures(rows)
+            + f"\n\nRivals: {', '.join(versions) or 'none'}.")
 
 
 def _generate_row(name, ours, *rivals):

@@ -392,7 +392,7 @@ def test_the_best_rival_is_the_fastest_of_the_same_dtype():
     assert row["verdicts"] == {"best rival": "missed", "share": "unknown", "transformers float32": "missed"}
     result.fail("fastgpt", timing.Failure("wrong tokens"))
     bench_generate._compare_ours(row, engines, ("decode", "int8", 2), result)
-    assert row["best"] == "onnxruntime" and not row["ratios"] and set(row["verdicts"].values()) == {"unknown"}
+    assert row["best"] is None and not row["ratios"] and set(row["verdicts"].values()) == {"unknown"}
 
 
 def test_an_engine_that_is_not_there_says_so(alone, tmp_path):
@@ -416,9 +416,10 @@ def test_an_engine_that_is_too_slow_is_not_started_again(monkeypatch, alone, tmp
     engine.limit = 60.0
     result = timing.compare([engine], rounds=1, neighbours=alone)
     engine.close()
-    assert result.failures == {"x": "a run takes 0 s, over the cap of 0 s"}
+    slow = result.failures["x"]
+    assert slow.startswith("a run takes ") and slow.endswith(" s, over the cap of 0 s")
     result = timing.compare([again], rounds=1, neighbours=alone)
-    assert result.failures == {"x": "not started: in 2 x 5 + 4, a run takes 0 s, over the cap of 0 s"}
+    assert result.failures == {"x": f"not started: in 2 x 5 + 4, {slow}"}
     assert again.child is None
 
 
