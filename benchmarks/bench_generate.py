@@ -1,178 +1,186 @@
-"""Prefill and decoding against transformers: python -m benchmarks.bench_generate [--quick] [--save generate]
+"""Decoding against the best engines there are: python -m benchmarks.bench_generate [--quick] [--save generate]
 
-Greedy, random weights, no end token. Scenario: batch x prompt + new tokens. Prefill is the time to the first token;
-decoding what the others take, tokens a second over the batch. A variant whose tokens are not the likeliest ones under
-fastgpt's reference, which takes part too, has no figures. The last line is one JSON document.
+Greedy, random weights, no end token. Every engine at every precision is a process of its own, loaded once, idle
+between its turns; shares are of the read bandwidth of the same rounds. An engine whose tokens are not the likeliest
+under fastgpt's float32 reference has no figures; one that is missing or refuses is listed with its reason. The rivals:
+`pip install '.[peers]'`. The last line is one JSON document; its rows:
+
+    variant, precision, version   the engine, what it calls its dtype, its version; None if it never started
+    failure                       why it has no figures
+    shortfall                     of its tokens, as contestants.py checks it: what its rounding costs in likelihood
+    prefill_tokens_per_second     of the prompts, up to the first new token of all of them
+    decode_tokens_per_second      of the tokens after it, over the whole batch
+    share, ceiling                the bytes of its matrices a second, of the read bandwidth of the same round
+    load_mb, peak_mb              the process's peak memory (VmHWM) until it was loaded, and after that
+    cost, floors                  {"bytes", "flops"} that a token takes at least; the seconds of each by its ceiling
+    ratios, best                  of ours: rival -> how many times as fast ours is, round by round; the one that
+                                  comes nearest, of the same dtype
+    targets, verdicts             of ours: target -> what it should be, and whether it is "met", "missed" or "unknown"
 """
 import argparse
-import time
+import contextlib
+import itertools
+import os
+import tempfile
 
-import torch
-
-from benchmarks import ceilings, peers, results
+from benchmarks import ceilings, decoding, results
+from benchmarks.contestants import Contestant, Models
+from benchmarks.decoding import BASELINE, SCENARIOS
 from benchmarks.machine import describe, one_line
 from benchmarks.neighbours import QUICK_PATIENCE, Neighbours
+from benchmarks.peers import DTYPES, OURS, RIVALS
 from benchmarks.threads import thread_counts, use_threads
-from benchmarks.timing import Failure, Sample, Variant, compare, spread
-from benchmarks.training import MODELS
-from fastgpt import GPT, ops
+from benchmarks.timing import compare, rate
 
-OURS = "fastgpt"
-# name -> (batch, prompt, new)
-SCENARIOS = {"decode": (1, 32, 64), "batch": (16, 32, 32), "prefill": (1, 512, 2), "tiny": (2, 5, 4)}
-CHECKED_ROWS = 2
-# A token counts as the likeliest one if its logit is below the largest by no more than this share of the logits'
-# standard deviation: both sides' float32 rounding, far below the distance between likely tokens.
-TIE = 1e-4
+CEILING_SECONDS = 0.25  # of a sample: what memory gives for an instant says little about a run of a second
+DEFAULT_SCENARIOS = ("decode", "batch", "prefill", "long", "small")
 
 
-class Fastgpt:
-    def __init__(self, model, backend="auto"):
-        self.model, self.backend = model, backend
+def contestants(settings, models, key):
+    """key: (scenario, dtype, threads). Ours first; where a target needs it, the baseline beside the dtype's rivals."""
+    name, dtype, threads = key
+    scenario, cap = SCENARIOS[name], settings["cap"]
+    found = [Contestant(engine, (engine, dtype, threads), scenario, models, cap)
+             for engine in (OURS, *settings["rivals"])]
+    baseline = BASELINE.split()
+    if BASELINE in decoding.targets(*key) and dtype != baseline[1] and baseline[0] in settings["rivals"]:
+        found.append(Contestant(BASELINE, (*baseline, threads), scenario, models, cap))
+    return found
 
-    def generate(self, prompts, new, on_token):
-        with ops.backend(self.backend):
-            return self.model.generate(prompts, new, temperature=0.0, streamer=lambda row, token: on_token())
+
+def tops(key):
+    """The ceilings of a run: reading from where the weights live, and the dtype's arithmetic; None where unknown."""
+    name, dtype, threads = key
+    kind = "int8 dot" if dtype.startswith("int") else ceilings.arithmetic_kind(dtype)
+    size = decoding.matrix_bytes(decoding.MODELS[SCENARIOS[name].model], dtype)
+    return (ceilings.reading(ceilings.home(size, threads), threads),
+            ceilings.arithmetic(kind, threads) if ceilings.available(kind) else None)
 
 
-class Transformers:
-    def __init__(self, model):
-        peer = peers.Transformers(model.config)
-        peer.load_state_dict(model.state_dict())
-        self.model = peer.model.eval()
-
-    def generate(self, prompts, new, on_token):
-        """transformers hands a streamer the prompt first, and refuses one for a batch: its forward is watched."""
-        hook = self.model.register_forward_hook(lambda *_: on_token())
+def measure(settings, models, key, neighbours):
+    """The rows of one (scenario, dtype, threads)."""
+    engines, (reading, arithmetic) = contestants(settings, models, key), tops(key)
+    with use_threads(key[2]):
         try:
-            return self.model.generate(prompts, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0,
-                                       attention_mask=torch.ones_like(prompts))
+            result = compare([*engines, *(top.variant(CEILING_SECONDS) for top in (reading, arithmetic) if top)],
+                             rounds=settings["rounds"], budget=settings["budget"], neighbours=neighbours)
         finally:
-            hook.remove()
+            for engine in engines:
+                engine.close()
+    rows = [_row(engine, key, result, reading, arithmetic) for engine in engines]
+    _compare_ours(rows[0], engines, key, result)
+    return rows
 
 
-class Generation(Variant):
-    """A contestant whose sample has the seconds to the first token, and the rate of the tokens after it."""
-
-    def __init__(self, name, engine, prompts, new, check):
-        super().__init__(name, self.once, check=lambda: check(self.once()))
-        self.engine, self.prompts, self.new = engine, prompts, new
-        self.first = None
-
-    def _on_token(self):
-        if self.first is None:
-            self.first = time.perf_counter()
-
-    def once(self):
-        self.first = None
-        with torch.no_grad():
-            return self.engine.generate(self.prompts, self.new, self._on_token)
-
-    def sample(self, evict=None):
-        cpu, start = time.process_time(), time.perf_counter()
-        self.once()
-        end = time.perf_counter()
-        steps = len(self.prompts) * (self.new - 1)
-        values = {"prefill_seconds": self.first - start, "seconds_per_token": (end - self.first) / steps}
-        return Sample(end - start, time.process_time() - cpu, values)
-
-
-def check_greedy(model, prompts, new, ids):
-    """Raises Failure when a new token of the first rows is not the likeliest one after those before it."""
-    if tuple(ids.shape) != (len(prompts), prompts.shape[1] + new):
-        raise Failure(f"gave ids of shape {tuple(ids.shape)}")
-    rows = ids[:CHECKED_ROWS]
-    with torch.no_grad(), ops.backend("reference"):
-        logits = model(rows[:, :-1], rows[:, 1:].contiguous())[0][:, prompts.shape[1] - 1:]  # (rows, new, V)
-    chosen = logits.gather(2, rows[:, prompts.shape[1]:, None])[..., 0]
-    short = (logits.amax(2) - chosen) / logits.std(2)
-    if not (short <= TIE).all():
-        raise Failure(f"a token is not the likeliest: its logit is {short.max():.2g} deviations below the largest")
-
-
-def contestants(model, prompts, new):
-    """Name -> contestant."""
-    engines = {OURS: Fastgpt(model), "reference": Fastgpt(model, "reference"), "transformers": Transformers(model)}
-    return {name: Generation(name, engine, prompts, new, lambda ids: check_greedy(model, prompts, new, ids))
-            for name, engine in engines.items()}
-
-
-def measure(model, scenario, threads, settings, neighbours):
-    """The rows of one scenario."""
-    batch, prompt, new = SCENARIOS[scenario]
-    prompts = torch.randint(model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(2))
-    engines = contestants(model, prompts, new)
-    top = ceilings.reading("memory", threads)
-    with use_threads(threads):
-        result = compare([*engines.values(), *([top.variant()] if top else [])], rounds=settings["rounds"],
-                         budget=settings["budget"], neighbours=neighbours)
-    weights = sum(p.nbytes for p in model.parameters()) - model.transformer.wpe.weight.nbytes  # read for each step
-    return [_row(result, name, scenario, threads, weights, top) for name in engines]
-
-
-def _row(result, name, scenario, threads, weights, top):
-    batch, prompt, new = SCENARIOS[scenario]
-    row = {"variant": name, "scenario": scenario, "batch": batch, "prompt": prompt, "new": new, "threads": threads,
-           "dtype": "float32", "failure": result.failures.get(name), "dirty": result.dirty(name), "ratios": {},
-           "prefill_tokens_per_second": None, "decode_tokens_per_second": None, "share": None, "ceiling": None}
-    samples = result.samples.get(name)
-    if samples:
-        row["prefill_tokens_per_second"] = spread(batch * prompt / s.values["prefill_seconds"] for s in samples)
-        row["decode_tokens_per_second"] = spread(1 / s.values["seconds_per_token"] for s in samples)
-        if top:  # a step reads each weight once, for the whole batch
-            row["ceiling"] = top.name
-            row["share"] = spread(weights / (s.values["seconds_per_token"] * batch) / top.rate(t.seconds)
-                                  for s, t in zip(samples, result.samples[top.name]))
-    if name == OURS:
-        rivals = [rival for rival in result.samples if rival not in (OURS, top and top.name)]
-        row["ratios"] = {value: {rival: result.ratio(OURS, rival, value) for rival in rivals}
-                         for value in ("prefill_seconds", "seconds_per_token")}
+def _row(engine, key, result, reading, arithmetic):
+    s, head = engine.scenario, engine.head or {}
+    row = {"variant": engine.name, "precision": engine.precision, "version": head.get("version"), "scenario": key[0],
+           "batch": s.batch, "prompt": s.prompt, "new": s.new, "dtype": key[1], "threads": key[2],
+           "failure": result.failures.get(engine.name), "dirty": result.dirty(engine.name),
+           "shortfall": engine.shortfall, "load_mb": head.get("load_mb"), "peak_mb": None,
+           "weight_bytes": head.get("weight_bytes"), "prefill_tokens_per_second": None,
+           "decode_tokens_per_second": None, "share": None, "ceiling": reading and reading.name, "cost": None,
+           "floors": {}, "ratios": {}, "best": None, "targets": {}, "verdicts": {}}
+    if result.samples.get(engine.name):
+        row["peak_mb"] = result.samples[engine.name][-1].values["peak_mb"]
+        row["prefill_tokens_per_second"] = rate(result.timing(engine.name, "first_seconds"), s.batch * s.prompt)
+        if s.new > 1:
+            row["decode_tokens_per_second"] = rate(result.timing(engine.name, "token_seconds"), 1)
+        _add_costs(row, engine, result, reading, arithmetic)
     return row
 
 
-COLUMNS = "{:13} {:9} {:>16} {:>3} {:>12} {:>12} {:>20}  {}"
+def _add_costs(row, engine, result, reading, arithmetic):
+    s = engine.scenario
+    row["cost"] = decoding.cost(decoding.MODELS[s.model], s, engine.dtype, row["weight_bytes"])
+    if arithmetic:
+        peak = arithmetic.rate(result.timing(arithmetic.name)["median"])
+        row["floors"][arithmetic.name] = row["cost"]["flops"] / peak
+    if reading:
+        row["floors"][reading.name] = row["cost"]["bytes"] / reading.rate(result.timing(reading.name)["median"])
+        if s.new > 1:  # a step reads the matrices once, for the whole batch
+            a_token = row["weight_bytes"] / s.batch / reading.work
+            row["share"] = result.shares(engine.name, lambda seconds: a_token * seconds[reading.name], "token_seconds")
+
+
+def _compare_ours(row, engines, key, result):
+    measure = SCENARIOS[key[0]].measure
+    timed = [e for e in engines[1:] if result.samples.get(e.name)]
+    row["ratios"] = {e.name: result.ratio(OURS, e.name, measure) for e in timed} if result.samples.get(OURS) else {}
+    alike = [e.name for e in timed if e.dtype == key[1] and e.name in row["ratios"]]
+    row["best"] = min(alike, default=None, key=lambda name: row["ratios"][name]["median"])
+    row["targets"] = decoding.targets(*key)
+    baseline = next((e.name for e in engines if f"{e.engine} {e.dtype}" == BASELINE), None)
+    row["verdicts"] = decoding.verdicts(row["targets"], {
+        "best rival": row["ratios"].get(row["best"]), BASELINE: row["ratios"].get(baseline), "share": row["share"]})
+
+
+COLUMNS = "{:19} {:9} {:8} {:9} {:>13} {:>3} {:>11} {:>11} {:>7} {:>8}  {}"
 
 
 def print_rows(rows):
     for row in rows:
+        start = [row["variant"], row["precision"] or "-", row["scenario"], row["dtype"],
+                 f"{row['batch']} x {row['prompt']} + {row['new']}", row["threads"]]
         if row["failure"]:
-            print(f"{row['variant']:13} {row['scenario']:9} no figures: {row['failure']}", flush=True)
+            print(COLUMNS.format(*start, "-", "-", "-", "-", f"no figures: {row['failure']}"), flush=True)
             continue
-        ours = [f"{kind.split('_')[0].replace('seconds', 'decode')} {ratio['median']:.2f} x {rival}"
-                for kind, rivals in row["ratios"].items() for rival, ratio in rivals.items() if ratio]
-        share = f"{row['share']['median']:.0%} {row['ceiling']}" if row["share"] else "-"
-        print(COLUMNS.format(
-            row["variant"], row["scenario"], f"{row['batch']} x {row['prompt']} + {row['new']}", row["threads"],
-            f"{row['prefill_tokens_per_second']['median']:.0f}", f"{row['decode_tokens_per_second']['median']:.1f}",
-            share, "; ".join(ours)), flush=True)
+        rates = [f"{row[rate]['median']:.1f}" if row[rate] else "-"
+                 for rate in ("prefill_tokens_per_second", "decode_tokens_per_second")]
+        share = f"{row['share']['median']:.0%}" if row["share"] else "-"
+        memory = f"{row['peak_mb']:.0f}" if row["peak_mb"] else "-"
+        print(COLUMNS.format(*start, *rates, share, memory, remarks(row)), flush=True)
+
+
+def remarks(row):
+    """Ours against each rival, the targets, and how many samples were disturbed."""
+    ours = [f"{ratio['median']:.2f} x {rival} ({ratio['q1']:.2f}..{ratio['q3']:.2f})"
+            for rival, ratio in row["ratios"].items()]
+    targets = [f"{name} {target:g}: {row['verdicts'][name]}" for name, target in row["targets"].items()]
+    disturbed = [f"{row['dirty']} samples disturbed"] if row["dirty"] else []
+    return "; ".join(ours + targets + disturbed)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(DEFAULT_SCENARIOS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--threads", nargs="+", type=int, default=thread_counts())
+    parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=list(RIVALS))
+    parser.add_argument("--python", nargs="+", default=[], metavar="RIVAL=PATH", help="the Python that has a rival")
+    parser.add_argument("--models", metavar="DIR", help="keep the engines' model files here (about 6 GB for all)")
+    parser.add_argument("--log", metavar="FILE", default=os.devnull, help="add to it what the engines print")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--budget", type=float, default=120.0, help="seconds for each scenario, dtype, threads")
+    parser.add_argument("--cap", type=float, default=30.0, help="seconds that a run of an engine may take")
+    parser.add_argument("--quick", action="store_true", help="3 rounds within 20 seconds each")
+    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
+    settings = vars(parser.parse_args(argv))
+    pythons = dict(item.split("=", 1) for item in settings.pop("python"))
+    if not set(pythons) <= set(RIVALS):
+        parser.error(f"--python: expected RIVAL=PATH of {', '.join(RIVALS)}")
+    if settings["quick"]:
+        settings.update(rounds=3, budget=20.0)
+    return settings, (settings.pop("models"), pythons, settings.pop("log")), settings.pop("save")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="gpt2")
-    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=["decode", "batch", "prefill"])
-    parser.add_argument("--threads", nargs="+", type=int, default=thread_counts())
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--budget", type=float, default=60.0, help="seconds for each scenario and number of threads")
-    parser.add_argument("--quick", action="store_true", help="3 rounds within 15 seconds each")
-    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
-    settings = vars(parser.parse_args(argv))
-    save = settings.pop("save")
-    if settings["quick"]:
-        settings.update(rounds=3, budget=15.0)
+    settings, (folder, *surroundings), save = parse(argv)
     print(one_line(describe()))
-    torch.manual_seed(0)
-    model = GPT(MODELS[settings["model"]]).eval()
-    print(COLUMNS.format("variant", "scenario", "batch x in + out", "thr", "prefill t/s", "decode t/s",
-                         "share of its ceiling", "ours is"))
+    print(COLUMNS.format("variant", "precision", "scenario", "dtype", "batch x in+out", "thr", "prefill t/s",
+                         "decode t/s", "share", "peak MB", "ours is"))
     neighbours = Neighbours(patience=QUICK_PATIENCE) if settings["quick"] else Neighbours()
-    rows = []
-    for scenario in settings["scenarios"]:
-        for threads in settings["threads"]:
-            found = measure(model, scenario, threads, settings, neighbours)
+    rows, measured = [], []
+    for threads in settings["threads"]:
+        with use_threads(threads):
+            measured += ceilings.measure(threads, neighbours=neighbours)
+    with tempfile.TemporaryDirectory() if folder is None else contextlib.nullcontext(folder) as place:
+        models = Models(place, *surroundings)
+        for key in itertools.product(settings["scenarios"], settings["dtypes"], settings["threads"]):
+            found = measure(settings, models, key, neighbours)
             print_rows(found)
             rows += found
-    results.finish(results.document("generate", settings, [], rows), save)
+    results.finish(results.document("generate", settings, measured, rows), save)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ class Ceiling:
     work: float  # operations or bytes of one run
     run: object
 
-    def variant(self):
-        return Variant(self.name, self.run, sample_seconds=SECONDS)
+    def variant(self, seconds=SECONDS):
+        return Variant(self.name, self.run, sample_seconds=seconds)
 
     def rate(self, seconds):
         """Operations or bytes a second."""

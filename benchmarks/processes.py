@@ -4,6 +4,7 @@ A child makes a `Parent` and serves it; the parent holds it as a `Process` and p
 others. The child is idle between its turns. Messages are JSON lines: the child's first one says that it is ready, each
 later one answers a "go". Standard library only: a child may be run by any Python.
 """
+import contextlib
 import json
 import os
 import select
@@ -11,20 +12,32 @@ import subprocess
 import sys
 import time
 
-from benchmarks.timing import Failure, Sample
+from benchmarks.timing import Failure, Sample, TooSlow
 
 
 class Process:
-    """A contestant that `command` starts. limit: seconds of its start, and of each step. head: its first message."""
+    """A contestant that `command` starts. limit: seconds of its start, and of each step. head: its first message.
 
-    def __init__(self, name, command, *, env=None, limit=600.0):
+    env: what is added to this process's environment, and, where a value is None, taken from it. log: the file to which
+    it adds what the child prints, which goes to this process's stderr otherwise.
+    """
+
+    def __init__(self, name, command, *, env=None, limit=600.0, log=None):
         self.name, self.command, self.limit, self.head = name, command, limit, None
-        self.env = {**os.environ, **(env or {})}
-        self.child = None
+        self.env = {key: value for key, value in {**os.environ, **(env or {})}.items() if value is not None}
+        self.log, self.child = log, None
 
     def prepare(self):
-        self.child = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self.env)
+        with open(self.log, "ab") if self.log else contextlib.nullcontext() as log:
+            self._start(log)
         self.head = self._read()
+
+    def _start(self, log):
+        try:
+            self.child = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                                          env=self.env)
+        except OSError as error:
+            raise Failure(f"{self.command[0]} can't be started: {error.strerror}") from None
 
     def sample(self, evict=None):
         """One step of the child, timed by itself. Its caches are as cold as the contestants before have left them."""
@@ -42,7 +55,7 @@ class Process:
             ready, _, _ = select.select([self.child.stdout], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
                 self.close(kill=True)
-                raise Failure(f"took more than the limit of {self.limit:g} s")
+                raise TooSlow(f"took more than the limit of {self.limit:g} s")
             piece = os.read(self.child.stdout.fileno(), 1 << 16)
             if not piece:
                 raise Failure(f"died with exit status {self.child.wait()}")

@@ -101,17 +101,45 @@ def _train_row(row, ours):
 
 
 def generate_table(rows):
-    header = ["", "batch x prompt + new", "threads", "prefill, tokens/s", "decoding, tokens/s", "share of its ceiling"]
-    lines = []
+    """A line for each scenario, dtype and number of threads: ours, and how many times as fast it is as each rival."""
+    groups = {}
     for row in rows:
-        name = [row["variant"], f"{row['batch']} x {row['prompt']} + {row['new']}", row["threads"]]
+        groups.setdefault((row["scenario"], row["dtype"], row["threads"]), []).append(row)
+    header = ["", "batch x prompt + new", "dtype", "threads", "tokens/s", "share of its ceiling", "peak memory, MB",
+              "as fast as the rivals, times", "targets"]
+    versions = sorted({row["version"] for row in rows if row["version"] and row["variant"] != "fastgpt"})
+    return (markdown(header, [_generate_row(name, *group) for name, group in groups.items()]) + _without_figures(rows)
+            + f"\n\nRivals: {', '.join(versions) or 'none'}.")
+
+
+def _generate_row(name, ours, *rivals):
+    scenario, dtype, threads = name
+    start = [scenario, f"{ours['batch']} x {ours['prompt']} + {ours['new']}", dtype, threads]
+    targets = "; ".join(f"{target} {value:g}: {ours['verdicts'][target]}" for target, value in ours["targets"].items())
+    if ours["failure"]:
+        return [*start, "-", "-", "-", "-", targets or "-"]
+    share = f"{ours['share']['median']:.0%} of {ours['ceiling']}" if ours["share"] else "-"
+    ratios = {called(r): (ours["ratios"][r["variant"]]["median"], "**" * (r["variant"] == ours["best"]))
+              for r in rivals if ours["ratios"].get(r["variant"])}
+    faster = [f"{bold}{ratio:.2f}{bold} {rival}" for rival, (ratio, bold) in ratios.items()]
+    memory = f"{ours['peak_mb']:.0f}" if ours["peak_mb"] else "-"
+    return [*start, quartiles(plots.main_rate(ours), 0), share, memory, ", ".join(faster) or "-", targets or "-"]
+
+
+def called(row):
+    """A rival and its own name of the precision, once."""
+    return row["variant"] if str(row["precision"]) in row["variant"] else f"{row['variant']} {row['precision']}"
+
+
+def _without_figures(rows):
+    """A line for each reason why an engine has no figures: where, and why."""
+    places = {}
+    for row in rows:
         if row["failure"]:
-            lines.append([*name, row["failure"], "-", "-"])
-            continue
-        share = f"{row['share']['median']:.0%} of {row['ceiling']}" if row["share"] else "-"
-        rates = [quartiles(row[f"{part}_tokens_per_second"], 0) for part in ("prefill", "decode")]
-        lines.append([*name, *rates, share])
-    return markdown(header, lines)
+            where = f"{row['scenario']} {row['dtype']} {threads_label(row['threads'])}"
+            places.setdefault(f"{row['variant']}: {row['failure']}", []).append(where)
+    lines = [f"- {reason} ({', '.join(where)})" for reason, where in places.items()]
+    return "\n\nWithout figures:\n" + "\n".join(lines) if lines else ""
 
 
 TABLES = {"ops": ops_table, "train": train_table, "generate": generate_table}

@@ -2,7 +2,10 @@
 import pytest
 import torch
 
-from benchmarks import bench_generate, training
+from benchmarks import training
+from benchmarks.contestants import check_tokens
+from benchmarks.generation import random_prompts
+from benchmarks.peers import ENGINES
 from fastgpt import GPT
 
 pytestmark = pytest.mark.benchmark(max_time=0.5, min_rounds=3)
@@ -34,11 +37,12 @@ def test_training_step(benchmark, threads, variant, dtype):
     benchmark(step)
 
 
-@pytest.mark.parametrize("variant", ["fastgpt", "reference", "transformers"])
-def test_generation(benchmark, threads, variant):
+@pytest.mark.parametrize("engine", ["fastgpt", "transformers"])
+def test_generation(benchmark, threads, engine, tmp_path):
     benchmark.group = "generation"
     model = GPT(CONFIG).eval()
-    prompts = torch.randint(CONFIG.vocab_size, (2, 16), generator=torch.Generator().manual_seed(3))
-    contestant = bench_generate.contestants(model, prompts, 16)[variant]
-    contestant.check()
-    benchmark(contestant.once)
+    model.save_pretrained(tmp_path)
+    prompts = random_prompts(CONFIG.vocab_size, 2, 16, 0)
+    loaded = ENGINES[engine].adapter().Engine(tmp_path, None, "float32", threads)
+    check_tokens(model, prompts, loaded.generate(prompts, 16)[0])
+    benchmark(loaded.generate, prompts, 16)

@@ -28,6 +28,10 @@ class Failure(Exception):
     """A contestant gave a wrong result, died or took too long: its row says why and has no figures."""
 
 
+class TooSlow(Failure):
+    """It took longer than it may."""
+
+
 class Variant:
     """A contestant in this process.
 
@@ -81,6 +85,12 @@ def spread(values):
     return {"median": median, "q1": q1, "q3": q3, "count": len(values)}
 
 
+def rate(seconds, amount):
+    """A spread of seconds as one of `amount` a second."""
+    return {"median": amount / seconds["median"], "q1": amount / seconds["q3"], "q3": amount / seconds["q1"],
+            "count": seconds["count"]}
+
+
 class Comparison:
     """What `compare` saw: samples[name][round], and failures[name], the reason why a contestant has no samples."""
 
@@ -103,13 +113,13 @@ class Comparison:
             return None
         return spread(_value(r, value) / _value(s, value) for s, r in self._clean_rounds(name, rival))
 
-    def shares(self, name, ideal):
-        """The spread of ideal(seconds: name -> those of the round) / the contestant's own seconds."""
+    def shares(self, name, ideal, value=None):
+        """The spread of ideal(seconds: name -> those of the round) / the contestant's own seconds, or another value."""
         names = list(self.samples)
         if not self.samples.get(name):
             return None
         rounds = [dict(zip(names, samples)) for samples in self._clean_rounds(*names)]
-        return spread(ideal({n: s.seconds for n, s in r.items()}) / r[name].seconds for r in rounds)
+        return spread(ideal({n: s.seconds for n, s in r.items()}) / _value(r[name], value) for r in rounds)
 
     def dirty(self, name):
         return sum(sample.dirty for sample in self.samples.get(name, ()))

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from benchmarks import peers
+from benchmarks.peers import pytorch
 from benchmarks.processes import Parent, memory_mb, reset_peak
 from benchmarks.threads import use_threads
 from fastgpt import GPT, GPTConfig
@@ -31,7 +31,7 @@ class FastGPT(GPT):
         return logits if targets is None else loss
 
 
-KINDS = {"fastgpt": FastGPT, "nanogpt": peers.NanoGPT, "transformers": peers.Transformers}
+KINDS = {"fastgpt": FastGPT, "nanogpt": pytorch.NanoGPT, "transformers": pytorch.Transformers}
 
 
 def build(variant, config):
@@ -45,7 +45,7 @@ def build(variant, config):
     else:
         model = KINDS[kind](config)
         model.load_state_dict(reference.state_dict())
-        optimizer = peers.adamw(model, LEARNING_RATE, WEIGHT_DECAY, BETAS)
+        optimizer = pytorch.adamw(model, LEARNING_RATE, WEIGHT_DECAY, BETAS)
     if compiled:
         model.compile()
     return model.train(), optimizer

@@ -16,7 +16,11 @@ from benchmarks import (
     bench_train,
     cases,
     ceilings,
+    contestants,
+    decoding,
+    generation,
     machine,
+    peers,
     plots,
     report,
     results,
@@ -71,6 +75,14 @@ def test_the_ratio_is_taken_round_by_round(alone):
     result = timing.compare([Scripted("a", drift), Scripted("b", [2 * d for d in drift])], rounds=5, neighbours=alone)
     assert result.ratio("a", "b") == {"median": 2, "q1": 2, "q3": 2, "count": 5}
     assert result.timing("b") == {"median": 2, "q1": 2, "q3": 20, "count": 5}
+
+
+def test_a_rate_and_a_share_of_what_a_contestant_measured(alone):
+    result = timing.Comparison(["a", "top"])
+    result.samples["a"] = [timing.Sample(9.0, values={"token_seconds": s}) for s in (1.0, 2.0, 4.0)]
+    result.samples["top"] = [timing.Sample(s) for s in (1.0, 1.0, 3.0)]
+    assert timing.rate(result.timing("a", "token_seconds"), 6) == {"median": 3, "q1": 2, "q3": 4, "count": 3}
+    assert result.shares("a", lambda seconds: seconds["top"], "token_seconds")["median"] == 0.75
 
 
 def test_the_order_rotates(alone):
@@ -313,14 +325,108 @@ def test_all_training_variants_have_the_same_losses(dtype):
 
 
 def test_tokens_that_are_not_the_likeliest_have_no_figures():
-    model = GPT(training.MODELS["tiny"]).eval()
-    prompts = torch.randint(101, (2, 5))
-    ids = model.generate(prompts, 4, temperature=0.0)
-    bench_generate.check_greedy(model, prompts, 4, ids)
-    wrong = ids.clone()
-    wrong[1, 7] = (wrong[1, 7] + 1) % 101
-    with pytest.raises(timing.Failure, match="a token is not the likeliest"):
-        bench_generate.check_greedy(model, prompts, 4, wrong)
+    model = GPT(decoding.MODELS["tiny"]).eval()
+    prompts = generation.random_prompts(101, 2, 5, 0)
+    ids = model.generate(torch.tensor(prompts), 4, temperature=0.0)[:, 5:].tolist()
+    contestants.check_tokens(model, prompts, ids)
+    wrong = [ids[0], [*ids[1][:2], (ids[1][2] + 1) % 101, ids[1][3]]]
+    with pytest.raises(timing.Failure, match="not the likeliest tokens: a token's logit is"):
+        contestants.check_tokens(model, prompts, wrong)
+    chance = generation.random_prompts(101, 2, 4, 1)
+    with pytest.raises(timing.Failure, match="not the likeliest tokens: the tokens' logits are, in the mean,"):
+        contestants.check_tokens(model, prompts, chance, mean_shortfall=contestants.MEAN_SHORTFALL["int4"])
+    with pytest.raises(timing.Failure, match="outside of the vocabulary of 101"):
+        contestants.check_tokens(model, prompts, [ids[0], [0, 1, 2, 101]], mean_shortfall=9.0)
+
+
+def test_what_a_token_costs():
+    config, found = decoding.MODELS["gpt2"], decoding.SCENARIOS
+    matrices = 12 * 12 * 768 ** 2 + 50257 * 768
+    assert decoding.matrix_bytes(config, "int4") * 2 == decoding.matrix_bytes(config, "int8") == matrices
+    context = 32 + 64  # of the middle one of the new tokens
+    assert decoding.cost(config, found["decode"], "float32", 4 * matrices) == {
+        "bytes": 4 * matrices + 2 * 4 * 12 * 768 * context, "flops": 2 * matrices + 4 * 12 * 768 * context}
+    batch = decoding.cost(config, found["batch"], "int8", matrices)
+    assert batch["bytes"] == matrices / 16 + 2 * 2 * 12 * 768 * (128 + 32)
+    # The head is wanted once for the whole prompt; a pair (i, j <= i) costs 4 C in each layer.
+    prompt = decoding.cost(config, found["prefill"], "int8", matrices)
+    pairs = 512 * 513 / 2
+    assert prompt["flops"] * 512 == pytest.approx(2 * 12 * 12 * 768 ** 2 * 512 + 2 * 50257 * 768 + 4 * 12 * 768 * pairs)
+
+
+def test_the_targets_of_a_row():
+    assert decoding.targets("decode", "int8", 2) == {"best rival": 1.3, "share": 0.88, "transformers float32": 8.0}
+    assert decoding.targets("decode", "int8", 1) == {"best rival": 1.8, "share": 0.88}
+    assert decoding.targets("small", "float32", 2) == decoding.targets("batch", "int8", 1) == {}
+    wanted = {"best rival": 1.3, "share": 0.9, "transformers float32": 8.0}
+    spread = {"q1": 0, "q3": 9, "count": 3}
+    found = {"best rival": {"median": 1.3, **spread}, "share": {"median": 0.89, **spread}, "transformers float32": None}
+    assert decoding.verdicts(wanted, found) == {"best rival": "met", "share": "missed", "transformers float32": "unknown"}
+    every = {dtype for table in decoding.BEST_RIVAL.values() for dtype in table}
+    assert every == set(peers.DTYPES) == set(decoding.SHARES)
+
+
+def test_a_prompt_that_is_ahead_does_not_flatter_the_others(monkeypatch):
+    class Engine:
+        def generate(self, prompts, new):  # the second prompt waits until the first one has two of its three tokens
+            return [[7] * 3] * 2, [[1.0, 2.0, 3.0], [2.5, 3.5, 4.5]]
+
+    monkeypatch.setattr(time, "perf_counter", lambda: 0.5)
+    ids, values = generation.timed(Engine(), [[1], [2]], 3)
+    assert ids == [[7] * 3] * 2 and values == {"first_seconds": 2.0, "token_seconds": pytest.approx(2 / 3)}
+    with pytest.raises(ValueError, match=r"gave \[3, 3\] ids at \[3, 3\] times, expected 4"):
+        generation.timed(Engine(), [[1], [2]], 4)
+
+
+def test_the_best_rival_is_the_fastest_of_the_same_dtype():
+    models = contestants.Models("nowhere", {}, None)
+    engines = [contestants.Contestant(name, (*kind, 2), decoding.SCENARIOS["decode"], models, 30.0) for name, *kind in (
+        ("fastgpt", "fastgpt", "int8"), ("llama.cpp", "llama.cpp", "int8"), ("onnxruntime", "onnxruntime", "int8"),
+        ("transformers float32", "transformers", "float32"))]
+    result = timing.Comparison([engine.name for engine in engines])
+    for engine, seconds in zip(engines, (1.0, 1.4, 1.2, 0.9)):
+        result.samples[engine.name] = [timing.Sample(1.0, values={"token_seconds": seconds})] * 3
+    row = {"share": None}
+    bench_generate._compare_ours(row, engines, ("decode", "int8", 2), result)
+    assert row["best"] == "onnxruntime" and row["ratios"]["onnxruntime"]["median"] == 1.2
+    assert row["verdicts"] == {"best rival": "missed", "share": "unknown", "transformers float32": "missed"}
+    result.fail("fastgpt", timing.Failure("wrong tokens"))
+    bench_generate._compare_ours(row, engines, ("decode", "int8", 2), result)
+    assert row["best"] is None and not row["ratios"] and set(row["verdicts"].values()) == {"unknown"}
+
+
+def test_an_engine_that_is_not_there_says_so(alone, tmp_path):
+    options = ["--make", "llama.cpp", "f32", "no source", str(tmp_path / "new")]
+    body = f"import sys; sys.modules['gguf'] = None; from benchmarks import generation; generation.main({options})"
+    process = Process("child", [sys.executable, "-c", body], env={"PYTHONPATH": str(ROOT)}, log=tmp_path / "log")
+    nowhere = Process("elsewhere", ["/no/such/python"])
+    result = timing.compare([process, nowhere], rounds=1, neighbours=alone)
+    process.close()
+    nowhere.close()
+    assert result.failures == {"child": "gguf is not installed: pip install '.[peers]'",
+                               "elsewhere": "/no/such/python can't be started: No such file or directory"}
+    assert "ModuleNotFoundError" in (tmp_path / "log").read_text()
+
+
+def test_an_engine_that_is_too_slow_is_not_started_again(monkeypatch, alone, tmp_path):
+    models = contestants.Models(tmp_path, {}, tmp_path / "log")
+    scenario = decoding.SCENARIOS["tiny"]
+    engine, again = (contestants.Contestant("x", ("transformers", "float32", 1), scenario, models, cap)
+                     for cap in (0.0, 30.0))
+    engine.limit = 60.0
+    result = timing.compare([engine], rounds=1, neighbours=alone)
+    engine.close()
+    slow = result.failures["x"]
+    assert slow.startswith("a run takes ") and slow.endswith(" s, over the cap of 0 s")
+    result = timing.compare([again], rounds=1, neighbours=alone)
+    assert result.failures == {"x": f"not started: in 2 x 5 + 4, {slow}"}
+    assert again.child is None
+
+
+def test_a_child_can_be_spared_a_variable(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    assert "OMP_WAIT_POLICY" not in Process("child", [], env={"OMP_WAIT_POLICY": None}).env
+    assert Process("child", []).env["OMP_WAIT_POLICY"] == "passive"
 
 
 def test_flops_of_a_training_step():
@@ -373,12 +479,21 @@ def test_bench_train_runs_and_reports(tmp_path, run_script):
 
 @needs_extension
 def test_bench_generate_runs_and_reports(tmp_path, run_script):
-    found = run_script(bench_generate, "--model", "tiny", "--scenarios", "tiny", "--threads", "1", "--quick")
-    assert [row["variant"] for row in found["rows"]] == ["fastgpt", "reference", "transformers"]
-    for row in found["rows"]:
-        assert row["failure"] is None and row["prefill_tokens_per_second"]["median"] > 0
-        assert row["decode_tokens_per_second"]["median"] > 0
+    found = run_script(bench_generate, "--scenarios", "tiny", "--dtypes", "float32", "int8", "--threads", "1", "--quick",
+                       "--rivals", "transformers", "llama.cpp", "--python", "llama.cpp=/no/such/python")
+    rows = {(row["variant"], row["dtype"]): row for row in found["rows"]}
+    for kind in (("fastgpt", "float32"), ("fastgpt", "int8"), ("transformers", "float32")):
+        row = rows.pop(kind)
+        assert row["failure"] is None and row["decode_tokens_per_second"]["median"] > 0 and row["version"]
+        assert row["weight_bytes"] > 0 and row["cost"]["flops"] > 0 and set(row["floors"]) >= {row["ceiling"]}
+        assert row["share"]["median"] > 0 and (row["peak_mb"] is None or row["peak_mb"] > 10)
+        assert set(row["ratios"]) == ({"transformers"} if kind == ("fastgpt", "float32") else set())
+    assert {kind: row["failure"] for kind, row in rows.items()} == {
+        ("transformers", "int8"): "transformers has no int8 here",
+        ("llama.cpp", "float32"): "/no/such/python can't be started: No such file or directory",
+        ("llama.cpp", "int8"): "/no/such/python can't be started: No such file or directory"}
     _report(found, tmp_path)
+    assert "- llama.cpp: /no/such/python can't" in report.table(found)
 
 
 def _report(found, folder):
