@@ -3,8 +3,8 @@ import copy
 
 import pytest
 import torch
-
 from engines import small_model
+
 from fastgpt import GPT, SamplingParams, ops
 from fastgpt.engine import in_model
 
