@@ -234,10 +234,18 @@ constexpr bool kUnpacks = kDirectRows<kFormat> < kTileRows;
 template <int kFormat>
 constexpr int kUnpackedRows = kFormat == kPackedInt4 && FASTGPT_VEC_WIDTH < 16 ? 4 : kTileRows;
 
-constexpr int64_t kAhead = 2048;  // bytes: how far before their use the weights are asked for
-INLINE void prefetch_step(const uint8_t* at) {
-  UNROLL for (int64_t i = 0; i < 4 * kTileCols; i += 64) __builtin_prefetch(at + kAhead + i);
-}
+// What a tile asks memory for while it multiplies: at each of its steps what lies at `at`, which then moves on by `step`
+// bytes. A single tile looks some way ahead in its own panel; of several each brings a part of the next panel, so that
+// memory and arithmetic are busy all the time.
+struct Ahead {
+  const uint8_t* at;
+  int64_t step;
+  INLINE void prefetch() {
+    UNROLL for (int64_t i = 0; i < 4 * kTileCols; i += 64) __builtin_prefetch(at + i);
+    at += step;
+  }
+};
+constexpr int64_t kAhead = 2048;  // bytes
 
 // Input rows of a tile: row i begins at data + i * stride. Of integer rows, scale and sums: (rows, groups) where a group
 // is kInt4Group numbers; of 16-bit rows the first scale is that of the whole row.
@@ -265,14 +273,14 @@ struct Multiply;
 
 template <int M>
 struct Multiply<kPackedFloat32, M> {
-  static INLINE void run(Vec (&result)[M][kTileVecs], const Rows<float>& a, const uint8_t* panel, int64_t K) {
+  static INLINE void run(Vec (&result)[M][kTileVecs], const Rows<float>& a, const uint8_t* panel, int64_t K, Ahead ahead) {
     const float* b = (const float*)panel;
     for (int64_t k = 0; k < K; k += kChain) {
       Vec sum[M][kTileVecs];
       clear(sum);
       const int64_t end = min(K, k + kChain);
       for (int64_t s = k; s < end; s++) {
-        prefetch_step((const uint8_t*)(b + s * kTileCols));
+        ahead.prefetch();
         Vec columns[kTileVecs];
         UNROLL for (int j = 0; j < kTileVecs; j++) columns[j] = load(b + s * kTileCols + j * W);
         UNROLL for (int i = 0; i < M; i++) {
@@ -288,13 +296,13 @@ struct Multiply<kPackedFloat32, M> {
 #if defined(HALF_DOTS)
 template <int M>
 struct Multiply<kPackedBFloat16, M> {
-  static INLINE void run(Vec (&result)[M][kTileVecs], const Rows<bf16>& a, const uint8_t* panel, int64_t K) {
+  static INLINE void run(Vec (&result)[M][kTileVecs], const Rows<bf16>& a, const uint8_t* panel, int64_t K, Ahead ahead) {
     for (int64_t k = 0; k < K; k += kChain) {
       Vec sum[M][kTileVecs];
       clear(sum);
       const int64_t end = min(K, k + kChain);
       for (int64_t s = k; s < end; s += 2, panel += 4 * kTileCols) {
-        prefetch_step(panel);
+        ahead.prefetch();
         IntVec columns[kTileVecs];
         UNROLL for (int j = 0; j < kTileVecs; j++) columns[j] = load_ints(panel + 4 * j * W);
         UNROLL for (int i = 0; i < M; i++) {
@@ -309,13 +317,13 @@ struct Multiply<kPackedBFloat16, M> {
 #else
 template <int M>
 struct Multiply<kPackedBFloat16, M> {
-  static INLINE void run(Vec (&result)[M][kTileVecs], const Rows<float>& a, const uint8_t* panel, int64_t K) {
+  static INLINE void run(Vec (&result)[M][kTileVecs], const Rows<float>& a, const uint8_t* panel, int64_t K, Ahead ahead) {
     for (int64_t k = 0; k < K; k += kChain) {
       Vec sum[M][kTileVecs];
       clear(sum);
       const int64_t end = min(K, k + kChain);
       for (int64_t s = k; s < end; s += 2, panel += 4 * kTileCols) {
-        prefetch_step(panel);
+        ahead.prefetch();
         UNROLL for (int half = 0; half < 2; half++) {
           Vec columns[kTileVecs];
           UNROLL for (int j = 0; j < kTileVecs; j++) {
@@ -336,13 +344,13 @@ struct Multiply<kPackedBFloat16, M> {
 
 template <int M>
 struct Multiply<kPackedInt8, M> {
-  static INLINE void run(Vec (&result)[M][kTileVecs], const Rows<int16_t>& a, const uint8_t* panel, int64_t K) {
+  static INLINE void run(Vec (&result)[M][kTileVecs], const Rows<int16_t>& a, const uint8_t* panel, int64_t K, Ahead ahead) {
     for (int64_t k = 0; k < K; k += kChain) {
       IntVec sum[M][kTileVecs];
       UNROLL for (int i = 0; i < M; i++) UNROLL for (int j = 0; j < kTileVecs; j++) sum[i][j] = IntVec{};
       const int64_t end = min(K, k + kChain);
       for (int64_t s = k; s < end; s += 4, panel += 4 * kTileCols) {
-        prefetch_step(panel);
+        ahead.prefetch();
         UNROLL for (int half = 0; half < 2; half++) {
           IntVec columns[kTileVecs];
           UNROLL for (int j = 0; j < kTileVecs; j++) {
@@ -384,12 +392,12 @@ INLINE void add_int4(Vec (&result)[M][kTileVecs], const ByteSums (&sum)[M][kTile
 
 template <int M>
 struct Multiply<kPackedInt4, M> {
-  static INLINE void run(Vec (&result)[M][kTileVecs], const Rows<int8_t>& a, const uint8_t* panel, int64_t K) {
+  static INLINE void run(Vec (&result)[M][kTileVecs], const Rows<int8_t>& a, const uint8_t* panel, int64_t K, Ahead ahead) {
     for (int64_t g = 0; g * kInt4Group < K; g++, panel += 2 * kTileCols) {
       ByteSums sum[M][kTileVecs];
       start_int4(sum, a, g);
       for (int64_t s = g * kInt4Group; s < (g + 1) * kInt4Group; s += 8, panel += 4 * kTileCols) {
-        prefetch_step(panel);
+        ahead.prefetch();
         UNROLL for (int half = 0; half < 2; half++) {
           IntVec columns[kTileVecs];
           UNROLL for (int j = 0; j < kTileVecs; j++)
@@ -444,9 +452,10 @@ void unpack_nibbles(const uint8_t* panel, int64_t K, uint8_t* to) {
 // sum += pairs [begin, end) of an unpacked panel of integers.
 template <int M>
 INLINE void add_pairs(IntVec (&sum)[M][kTileVecs], const Rows<int16_t>& a, const uint8_t* numbers, int64_t begin,
-                      int64_t end) {
+                      int64_t end, Ahead& ahead) {
   const uint8_t* b = numbers + 4 * begin * kTileCols;
   for (int64_t p = begin; p < end; p++, b += 4 * kTileCols) {
+    ahead.prefetch();
     IntVec columns[kTileVecs];
     UNROLL for (int j = 0; j < kTileVecs; j++) columns[j] = load_ints(b + 4 * j * W);
     UNROLL for (int i = 0; i < M; i++) {
@@ -461,18 +470,18 @@ struct MultiplyUnpacked;
 
 template <int M>
 struct MultiplyUnpacked<kPackedBFloat16, M> {
-  static INLINE void run(Vec (&result)[M][kTileVecs], const Rows<float>& a, const Unpacked& b, int64_t K) {
-    Multiply<kPackedFloat32, M>::run(result, a, b.numbers, K);
+  static INLINE void run(Vec (&result)[M][kTileVecs], const Rows<float>& a, const Unpacked& b, int64_t K, Ahead ahead) {
+    Multiply<kPackedFloat32, M>::run(result, a, b.numbers, K, ahead);
   }
 };
 template <int M>
 struct MultiplyUnpacked<kPackedInt8, M> {
-  static INLINE void run(Vec (&result)[M][kTileVecs], const Rows<int16_t>& a, const Unpacked& b, int64_t K) {
+  static INLINE void run(Vec (&result)[M][kTileVecs], const Rows<int16_t>& a, const Unpacked& b, int64_t K, Ahead ahead) {
     const int64_t pairs = ceil_div(K, 4) * 2;
     for (int64_t p = 0; p < pairs; p += kChain / 2) {
       IntVec sum[M][kTileVecs];
       UNROLL for (int i = 0; i < M; i++) UNROLL for (int j = 0; j < kTileVecs; j++) sum[i][j] = IntVec{};
-      add_pairs(sum, a, b.numbers, p, min(pairs, p + kChain / 2));
+      add_pairs(sum, a, b.numbers, p, min(pairs, p + kChain / 2), ahead);
       UNROLL for (int i = 0; i < M; i++)
         UNROLL for (int j = 0; j < kTileVecs; j++) result[i][j] = result[i][j] + to_floats(sum[i][j]);
     }
@@ -480,13 +489,14 @@ struct MultiplyUnpacked<kPackedInt8, M> {
 };
 template <int M>
 struct MultiplyUnpacked<kPackedInt4, M> {
-  static INLINE void run(Vec (&result)[M][kTileVecs], const Rows<int8_t>& a, const Unpacked& b, int64_t K) {
+  static INLINE void run(Vec (&result)[M][kTileVecs], const Rows<int8_t>& a, const Unpacked& b, int64_t K, Ahead ahead) {
     constexpr int64_t kGroupBytes = kInt4Group / 2 * kTileCols;
     const uint8_t *scales = b.panel + kGroupBytes, *numbers = b.numbers;
     for (int64_t g = 0; g * kInt4Group < K; g++, scales += kGroupBytes + 2 * kTileCols) {
       ByteSums sum[M][kTileVecs];
       start_int4(sum, a, g);
       for (int64_t s = g * kInt4Group; s < (g + 1) * kInt4Group; s += 4, numbers += 4 * kTileCols) {
+        ahead.prefetch();
         IntVec columns[kTileVecs];
         UNROLL for (int j = 0; j < kTileVecs; j++) columns[j] = load_ints(numbers + 4 * j * W);
         UNROLL for (int i = 0; i < M; i++) {
@@ -502,14 +512,14 @@ struct MultiplyUnpacked<kPackedInt4, M> {
 // out (M, kTileCols) = bias + the product of M rows and a panel.
 template <template <int, int> class Kernel, int kFormat, int M, class Panel>
 NOINLINE void multiply_panel(const Rows<typename Format<kFormat>::Input>& a, const Panel& b, const uint8_t* panel,
-                             int64_t K, const float* bias, float* out) {
+                             int64_t K, const float* bias, Ahead ahead, float* out) {
   constexpr bool kInteger = kFormat == kPackedInt8 || kFormat == kPackedInt4;
   Vec result[M][kTileVecs];
   UNROLL for (int j = 0; j < kTileVecs; j++) {
     Vec start = bias && !kInteger ? load(bias + j * W) : Vec{};
     UNROLL for (int i = 0; i < M; i++) result[i][j] = start;
   }
-  Kernel<kFormat, M>::run(result, a, b, K);
+  Kernel<kFormat, M>::run(result, a, b, K, ahead);
   const float* scales = (const float*)(panel + kTileCols * padded_k(kFormat, K));
   UNROLL for (int j = 0; j < kTileVecs; j++) {
     Vec start = bias ? load(bias + j * W) : Vec{};
@@ -527,11 +537,11 @@ constexpr int smaller(int M) { return M > 8 ? 8 : M > 4 ? 4 : M > 2 ? 2 : 1; }
 // The first rows, as many as a tile takes; returns their number.
 template <template <int, int> class Kernel, int kFormat, int M, class Panel>
 INLINE int64_t multiply_rows(int64_t rows, const Rows<typename Format<kFormat>::Input>& a, const Panel& b,
-                             const uint8_t* panel, int64_t K, const float* bias, float* out) {
+                             const uint8_t* panel, int64_t K, const float* bias, Ahead ahead, float* out) {
   if constexpr (M > 1) {
-    if (rows < M) return multiply_rows<Kernel, kFormat, smaller(M)>(rows, a, b, panel, K, bias, out);
+    if (rows < M) return multiply_rows<Kernel, kFormat, smaller(M)>(rows, a, b, panel, K, bias, ahead, out);
   }
-  multiply_panel<Kernel, kFormat, M>(a, b, panel, K, bias, out);
+  multiply_panel<Kernel, kFormat, M>(a, b, panel, K, bias, ahead, out);
   return M;
 }
 

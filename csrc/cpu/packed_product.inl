@@ -54,14 +54,35 @@ NOINLINE void finish_rows(const Finish& f, const float* sums, int64_t row, int64
   }
 }
 
-// The columns of one panel of all M rows, R rows at a time.
+// How many steps of k a tile's loop takes.
+template <int kFormat>
+INLINE int64_t loop_steps(int64_t K, bool unpacked) {
+  const int64_t pairs = ceil_div(K, 2), fours = ceil_div(K, 4);
+  if (kFormat == kPackedInt8) return unpacked ? 2 * fours : fours;
+  if (kFormat == kPackedInt4) return unpacked ? fours : ceil_div(K, 8);
+  return kFormat == kPackedBFloat16 && !unpacked ? pairs : K;
+}
+
+// One panel, and where the next lies that this thread will take.
+struct PanelAt {
+  const uint8_t *panel, *next;
+  int64_t bytes, col, cols;
+};
+
+// The columns of a panel of all M rows, R rows at a time.
 template <template <int, int> class Kernel, int kFormat, int R, class Panel>
-INLINE void multiply_rows_of(const Rows<typename Format<kFormat>::Input>& rows, int64_t M, int64_t col, int64_t cols,
-                             const Panel& b, const uint8_t* panel, int64_t K, const float* bias, const Finish& finish) {
+INLINE void multiply_rows_of(const Rows<typename Format<kFormat>::Input>& rows, int64_t M, const PanelAt& at,
+                             const Panel& b, const Packed& w, const Finish& finish) {
   alignas(64) float sums[R * kTileCols];
+  const bool unpacked = sizeof(Panel) > sizeof(const uint8_t*);
+  const int64_t steps = loop_steps<kFormat>(w.K, unpacked), tiles = ceil_div(M, R);
+  Ahead ahead = {at.panel + kAhead, 4 * kTileCols};
+  if (tiles > 1 || unpacked) ahead = {at.next, ceil_div(at.bytes, steps * tiles)};
   for (int64_t i = 0; i < M;) {
-    const int64_t count = multiply_rows<Kernel, kFormat, R>(M - i, rows.from(i), b, panel, K, bias, sums);
-    finish_rows(finish, sums, i, count, col, cols);
+    const int64_t count = multiply_rows<Kernel, kFormat, R>(M - i, rows.from(i), b, at.panel, w.K,
+                                                            w.bias ? w.bias + at.col : nullptr, ahead, sums);
+    finish_rows(finish, sums, i, count, at.col, at.cols);
+    if (tiles > 1) ahead.at += steps * ahead.step;
     i += count;
   }
 }
@@ -84,17 +105,17 @@ void multiply_packed(const Packed& w, const PackedRows& x, int64_t M, const Fini
   const Runs runs(ceil_div(w.N, kTileCols), threads());
   parallel(runs.count, [&](int64_t t) {
     for (int64_t p = runs.begin[t]; p < runs.begin[t + 1]; p++) {
-      const int64_t col = p * kTileCols, cols = min(kTileCols, w.N - col);
       const uint8_t* panel = w.data + p * bytes;
-      const float* bias = w.bias ? w.bias + col : nullptr;
+      const PanelAt at = {panel, p + 1 < runs.begin[t + 1] ? panel + bytes : panel, bytes, p * kTileCols,
+                          min(kTileCols, w.N - p * kTileCols)};
       if constexpr (kUnpacks<kFormat>) {
         if (M > kDirectRows<kFormat>) {
-          multiply_rows_of<MultiplyUnpacked, kFormat, kUnpackedRows<kFormat>>(
-              rows, M, col, cols, unpack<kFormat>(panel, w.K), panel, w.K, bias, finish);
+          const Unpacked unpacked = unpack<kFormat>(panel, w.K);
+          multiply_rows_of<MultiplyUnpacked, kFormat, kUnpackedRows<kFormat>>(rows, M, at, unpacked, w, finish);
           continue;
         }
       }
-      multiply_rows_of<Multiply, kFormat, kDirectRows<kFormat>>(rows, M, col, cols, panel, panel, w.K, bias, finish);
+      multiply_rows_of<Multiply, kFormat, kDirectRows<kFormat>>(rows, M, at, panel, w, finish);
     }
   });
 }
