@@ -17,7 +17,10 @@ from fastgpt import extension
 needs_extension = pytest.mark.skipif(bool(extension.MISSING), reason=str(extension.MISSING))
 needs_binutils = pytest.mark.skipif(not (shutil.which("nm") and shutil.which("objdump")), reason="no binutils")
 COMPILER = shutil.which("g++") or shutil.which("clang++")
-LEVEL_TABLES = {"csrc/cpu/level_avx2.cpp": "fastgpt::kAvx2", "csrc/cpu/level_avx512.cpp": "fastgpt::kAvx512"}
+LEVEL_TABLES = {"csrc/cpu/level_avx2.cpp": "fastgpt::kAvx2", "csrc/cpu/level_avx512.cpp": "fastgpt::kAvx512",
+                "csrc/cpu/engine_avx2.cpp": "fastgpt::kEngineAvx2", "csrc/cpu/engine_avx512.cpp": "fastgpt::kEngineAvx512",
+                "csrc/cpu/engine_avx512_vnni.cpp": "fastgpt::kEngineAvx512Vnni",
+                "csrc/cpu/engine_avx512_bf16.cpp": "fastgpt::kEngineAvx512Bf16"}
 
 
 def build(*arguments, folder=ROOT, **env):
@@ -210,7 +213,8 @@ def test_sources_include_no_torch_and_levels_no_cpp_headers():
     for path in [p for p in (ROOT / "csrc").rglob("*") if p.is_file()]:
         includes = re.findall(r'#include\s*[<"]([^>"]+)[>"]', path.read_text())
         assert not [name for name in includes if re.match(r"(torch|ATen|c10)/", name)], path
-        if path.suffix == ".inl" or path.name.startswith("level_") or path.name in ("vec.h", "pool.h", "kernels.h"):
+        if path.suffix == ".inl" or path.name.startswith(("level_", "engine_")) or path.name in (
+                "vec.h", "pool.h", "kernels.h", "engine.h"):
             assert not [name for name in includes if not name.endswith((".h", ".inl"))], path
 
 

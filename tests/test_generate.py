@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from fastgpt import GPT, GPTConfig, SamplingParams, generation, sampling, torch_sampling
+from fastgpt.engine import in_model
 from fastgpt.generation import KVCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -14,6 +15,13 @@ RAGGED = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], list(range(20, 33))]
 def model():
     torch.manual_seed(0)
     return GPT(GPTConfig(block_size=BLOCK, vocab_size=V, n_layer=2, n_head=3, n_embd=24, initializer_range=0.4)).eval()
+
+
+@pytest.fixture(autouse=True, params=["engine", "ops"])
+def path(request, monkeypatch):
+    """Every test twice: on the decode engine, and on the model's own ops, which other devices use."""
+    if request.param == "ops":
+        monkeypatch.setattr(in_model, "why_not", lambda *_: "a test of the ops")
 
 
 class Letters:
