@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/pool.h"
 
 namespace py = pybind11;
 using namespace fastgpt;
@@ -58,10 +59,11 @@ struct Decoder {
   }
   Decoder(const Decoder&) = delete;
 
-  void step(uintptr_t tokens, int64_t M, uintptr_t sequences, int64_t count, uintptr_t wanted, int64_t L,
+  void step(int threads, uintptr_t tokens, int64_t M, uintptr_t sequences, int64_t count, uintptr_t wanted, int64_t L,
             uintptr_t logits) const {
+    ThreadLimit limit(threads);
     active_engine().step(model, {at<int32_t>(tokens), M, at<PagedSequence>(sequences), count, at<int32_t>(wanted), L,
-                          at<float>(logits)});
+                                 at<float>(logits)});
   }
 };
 
@@ -73,8 +75,8 @@ typedef std::tuple<float, int64_t, float, float, float, float, float, double, ui
 Draw draw(const DrawTuple& t) {
   auto [temperature, top_k, top_p, min_p, repetition, presence, frequency, uniform, history, prompt, length, ids, bias,
         biases] = t;
-  return {temperature, top_k,  top_p,  min_p,           repetition,      presence, frequency, uniform, at<int32_t>(history),
-          prompt,      length, at<int32_t>(ids), at<float>(bias), biases};
+  return {temperature, top_k, top_p, min_p, repetition, presence, frequency, uniform,
+          at<int32_t>(history), prompt, length, at<int32_t>(ids), at<float>(bias), biases};
 }
 
 void sample(uintptr_t logits, int64_t stride, int64_t V, const std::vector<DrawTuple>& draws, uintptr_t out) {
@@ -119,7 +121,7 @@ void define_engine(py::module_& m) {
       [](const CacheTuple& of, uintptr_t q, int64_t q_row, int64_t H, float scale, uintptr_t sequences, int64_t count,
          uintptr_t out, int64_t out_row) {
         active_engine().paged_attention(cache(of), at<float>(q), q_row, H, scale, at<PagedSequence>(sequences), count,
-                                 at<float>(out), out_row);
+                                        at<float>(out), out_row);
       },
       no_gil);
   m.def("sample", &sample);

@@ -88,7 +88,7 @@ struct EngineKernels {
   int64_t (*panel_columns)();
   int64_t (*panel_bytes)(int format, int64_t K);
   void (*pack_weight)(int format, const Matrix& weight, uint8_t* panels);
-  uint64_t (*fingerprint)(const uint8_t* data, int64_t bytes);  // changes with any bit of the data
+  uint64_t (*fingerprint)(const uint8_t* data, int64_t bytes);  // a hash of the data
   // out (K): column n as the products see it.
   void (*unpack_column)(const Packed& weight, int64_t n, float* out);
   // out (M, N) = activation(x weight.T + bias) + residual, of x (M, K), all float32 and contiguous; residual may be out or

@@ -8,7 +8,7 @@ import os
 
 import torch
 
-from fastgpt import cpu, reference
+from fastgpt import cpu, paged, reference
 
 OPS = ("layer_norm", "add_layer_norm", "gelu", "bias_gelu", "linear", "attention", "cross_entropy")
 INFERENCE_OPS = ("store_kv", "paged_attention")  # without a backward
@@ -270,6 +270,10 @@ def paged_attention(q, cache, block_tables, query_lens, context_lens, *, scale=N
 
 def _check_paged(op, cache, rows, block_tables, query_lens, context_lens):
     _check_floating(op, "q" if op == "paged_attention" else "k", rows)
+    _check(cache.k.dtype == cache.v.dtype and (cache.k.dtype in paged.DTYPES or cache.k.dtype == torch.float64),
+           lambda: f"{op}: cache must be of one dtype, float32, bfloat16 or int8, got {cache.k.dtype} and {cache.v.dtype}")
+    _check(all(t.device.type == "cpu" for t in (block_tables, query_lens, context_lens)),
+           lambda: f"{op}: block_tables, query_lens and context_lens must be on the CPU")
     pages, _, page_size, D = cache.v.shape
     _check(rows.dim() == 3 and rows.shape[2] == D,
            lambda: f"{op}: tokens must have shape (N, heads, {D}), got {tuple(rows.shape)}")

@@ -21,6 +21,17 @@ class PagedCache:
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
 
+    def __post_init__(self):
+        pages, G, page_size, D = self.v.shape
+        expected = (pages, G, page_size // LANES, D, LANES)
+        if page_size % LANES or tuple(self.k.shape) != expected:
+            raise ValueError(f"a PagedCache's k must have shape {expected} for v's {tuple(self.v.shape)}, and a page size that is "
+                             f"a multiple of {LANES}; got {tuple(self.k.shape)}")
+        scales = [scale for scale in (self.k_scale, self.v_scale) if scale is not None]
+        if len(scales) == 1 or not scales and torch.int8 in (self.k.dtype, self.v.dtype) or any(
+                scale.shape != self.v.shape[:3] for scale in scales):
+            raise ValueError(f"a PagedCache of int8 has k_scale and v_scale of shape {(pages, G, page_size)}")
+
     @classmethod
     def empty(cls, pages, heads, page_size, head_size, dtype=torch.float32, device=None):
         """Uninitialised pages: page_size a multiple of 16."""

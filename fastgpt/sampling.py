@@ -5,6 +5,7 @@ from fastgpt.config import check_int, check_number
 
 GREEDY_BELOW = 1e-5  # logits over a smaller temperature may overflow
 MAX_LOGPROBS = 1000
+LARGEST = 1e30  # of a number that the kernels take in float32
 _MASK64 = 2 ** 64 - 1
 
 
@@ -59,16 +60,16 @@ class SamplingParams:
     def __post_init__(self):
         self.max_tokens = check_int("max_tokens", self.max_tokens, 0)
         self.n = check_int("n", self.n, 1)
-        self.top_k = None if self.top_k in (None, 0, -1) else check_int("top_k", self.top_k, 1)
-        check_number("temperature", self.temperature, lambda t: 0 <= t < float("inf"), "finite and at least 0")
+        self.top_k = None if self.top_k in (None, 0, -1) else min(check_int("top_k", self.top_k, 1), 2 ** 31 - 1)
+        check_number("temperature", self.temperature, lambda t: 0 <= t <= LARGEST, f"from 0 to {LARGEST:g}")
         if self.temperature < GREEDY_BELOW:
             self.temperature = 0.0
         check_number("top_p", self.top_p, lambda p: 0 < p <= 1, "in (0, 1]")
         check_number("min_p", self.min_p, lambda p: 0 <= p <= 1, "in [0, 1]")
-        check_number("repetition_penalty", self.repetition_penalty, lambda r: 0 < r < float("inf"),
-                     "finite and above 0")
+        check_number("repetition_penalty", self.repetition_penalty, lambda r: 1 / LARGEST <= r <= LARGEST,
+                     f"above 0 and at most {LARGEST:g}")
         for name in ("presence_penalty", "frequency_penalty"):
-            check_number(name, getattr(self, name), lambda p: abs(p) < float("inf"), "finite")
+            check_number(name, getattr(self, name), lambda p: abs(p) <= LARGEST, f"at most {LARGEST:g} in size")
         if self.logprobs is not None:
             self.logprobs = check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         self._check_bias()
@@ -86,7 +87,7 @@ class SamplingParams:
             raise TypeError(f"logit_bias must be a dict from token ids to numbers, got {self.logit_bias!r}")
         biases = {check_int("logit_bias's id", i, 0): bias for i, bias in (self.logit_bias or {}).items()}
         for bias in biases.values():
-            check_number("logit_bias", bias, lambda b: abs(b) < float("inf"), "finite")
+            check_number("logit_bias", bias, lambda b: abs(b) <= LARGEST, f"at most {LARGEST:g} in size")
         self.logit_bias = biases
 
     @property

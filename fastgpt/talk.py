@@ -6,6 +6,7 @@ import sys
 import time
 
 from fastgpt import ops
+from fastgpt.text import StopFilter
 
 ROUNDS = 3
 TOKENS_AT_LEAST, TOKENS_TO_COMPARE = 16, 64  # in a round, of each text
@@ -98,25 +99,3 @@ class Pace:
 
 class _Enough(Exception):
     """Ends a generation from within its streamer."""
-
-
-class StopFilter:
-    """Passes text on up to the first stop string; what may be the beginning of one is held back until it is certain."""
-
-    def __init__(self, stops):
-        self.stops, self.held, self.ended = stops, "", False
-
-    def push(self, text, last=False):
-        """The text that has become certain."""
-        if self.ended:
-            return ""
-        text = self.held + text
-        found = [at for at in map(text.find, self.stops) if at >= 0]
-        self.ended = bool(found)
-        end = min(found) if found else len(text) if last else self._certain(text)
-        self.held = text[end:]
-        return text[:end]
-
-    def _certain(self, text):
-        return min((at for at in range(len(text)) if any(stop.startswith(text[at:]) for stop in self.stops)),
-                   default=len(text))

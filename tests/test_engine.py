@@ -138,10 +138,17 @@ def test_stop_id(text_llm):
     assert out.outputs[0].token_ids == free[:free.index(free[10]) + 1]
 
 
-def test_streamed_text_is_the_text(text_llm):
-    params = SamplingParams(max_tokens=40, seed=1)
+@pytest.mark.parametrize("stop", [None, ["t th", "zzz"], ["e"]])
+def test_streamed_text_is_the_text(text_llm, stop):
+    params = SamplingParams(max_tokens=60, seed=1, stop=stop)
     text = "".join(event.text for event in text_llm.stream("ROMEO:", params))
     assert text == text_llm.generate("ROMEO:", params)[0].outputs[0].text
+
+
+def test_logits_of_a_prompt(model, llm):
+    found = llm.logits(PROMPTS[3])
+    for i in (0, 20, 139):
+        assert np.allclose(found[i], logits_of(model, PROMPTS[3][:i + 1]), atol=1e-4)
 
 
 def test_the_directory_and_the_model_have_the_same_bits():
@@ -187,6 +194,11 @@ def test_a_large_penalty_never_repeats(llm, penalty):
     (lambda llm: llm.generate([[1]], SamplingParams(stop="x")), ValueError, "need a tokenizer"),
     (lambda llm: llm.generate([[1]], [GREEDY, GREEDY]), ValueError, "one for each of the 1 prompts"),
     (lambda llm: llm.generate([[1]], SamplingParams(n=10000)), ValueError, "more kv_cache_tokens"),
+    (lambda llm: llm.generate([[1]], {"max_tokens": 3}), TypeError, "params must be a SamplingParams"),
+    (lambda llm: llm.generate(5, GREEDY), TypeError, "prompts must be"),
+    (lambda llm: llm.generate([[1, [2]]], GREEDY), TypeError, "must hold token ids"),
+    (lambda llm: llm.generate([[1], [2]], SamplingParams(seed=[1])), ValueError, "one for each of the 2 prompts"),
+    (lambda llm: llm.logits([]), ValueError, "at least one"),
 ])
 def test_bad_requests_are_named_and_the_engine_goes_on(llm, call, error, message):
     with pytest.raises(error, match=message):
@@ -201,6 +213,7 @@ def test_bad_requests_are_named_and_the_engine_goes_on(llm, call, error, message
     ({"threads": 0}, ValueError, "threads"),
     ({"kv_cache_dtype": "fp8"}, ValueError, "float32, bfloat16, int8"),
     ({"kv_cache_tokens": 0}, ValueError, "kv_cache_tokens"),
+    ({"kv_cache_tokens": 10 ** 11}, ValueError, "kv_cache_tokens"),
 ])
 def test_bad_settings_are_named(model, options, error, message):
     with pytest.raises(error, match=message):
@@ -263,6 +276,77 @@ def test_two_threads_share_an_engine(llm):
     for worker in workers:
         worker.join()
     assert all(tokens == expected for runs in found.values() for tokens in runs)
+
+
+def test_threads_wait_for_each_others_pages(model):
+    llm = LLM(model, page_size=16, kv_cache_tokens=64)
+    many, params, found = [prompt(RNG, 20) for _ in range(9)], SamplingParams(max_tokens=20, temperature=0), []
+    workers = [threading.Thread(target=lambda: found.append(llm.generate(many, params))) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(found) == 3
+    assert found[0] == found[1] == found[2]
+    assert llm.free_pages == 4
+
+
+def test_a_stream_that_the_garbage_collector_ends(model):
+    """In a cycle, so that it is collected at some allocation, perhaps in the middle of another step."""
+    llm = LLM(model, page_size=16)
+    for _ in range(30):
+        cycle = [llm.stream(PROMPTS, GREEDY)]
+        cycle.append(cycle)
+        next(cycle[0])
+        del cycle
+        llm.generate(PROMPTS[:2], GREEDY)
+    gc.collect()
+    llm.generate([1], GREEDY)
+    assert llm.free_pages == llm._reservations.pages.num_pages
+    assert llm._reservations.promised == 0
+    assert not llm._active
+
+
+def test_the_last_token_needs_no_page(model):
+    llm = LLM(model, page_size=16, kv_cache_tokens=16)
+    assert len(llm.generate([1], SamplingParams(max_tokens=16, temperature=0))[0].outputs[0].token_ids) == 16
+    with pytest.raises(ValueError, match="2 pages"):
+        llm.generate([1], SamplingParams(max_tokens=17))
+
+
+def test_threads_are_this_engines_own(model):
+    before = _C.threads()
+    LLM(model, threads=3).generate([1], GREEDY)
+    assert _C.threads() == before
+
+
+def test_a_model_that_changes_later_changes_nothing():
+    model = small_model()
+    llm = LLM(model)
+    expected = llm.generate([1, 2], GREEDY)[0].outputs[0].token_ids
+    model.config.block_size = 10 ** 6
+    with torch.no_grad():
+        model.lm_head.weight.neg_()
+    assert llm.generate([1, 2], GREEDY)[0].outputs[0].token_ids == expected
+    with pytest.raises(ValueError, match="the context holds 300"):
+        llm.generate([[1] * 400], GREEDY)
+
+
+def test_a_model_unlike_its_config_is_refused():
+    model = small_model()
+    model.lm_head.weight = model.transformer.wte.weight = torch.nn.Parameter(torch.randn(V + 10, 35))
+    with pytest.raises(ValueError, match="wte.*its config says"):
+        LLM(model)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("where", ["lm_head", "transformer.h.1.mlp.c_fc", "transformer.h.0.attn.c_attn"])
+def test_a_nan_anywhere_is_seen(dtype, where):
+    model = small_model(tie_word_embeddings=False)
+    with torch.no_grad():
+        model.get_submodule(where).weight[3, 5] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        LLM(model, dtype, kv_cache_dtype="int8").generate([1, 2, 3], GREEDY)
 
 
 def test_logits_that_are_no_distribution_are_refused():

@@ -65,10 +65,30 @@ REFUSALS = {
     "double": (lambda: small_model().double(), "float64"),
     "mixed": (lambda: _mixed(), "bfloat16, torch.float32"),
     "hook": (lambda: _hooked(), "hooks"),
-    "module": (lambda: _replaced(), "replaced"),
-    "forward": (lambda: _patched(), "replaced"),
+    "module": (lambda: _replaced(), "modules"),
+    "forward": (lambda: _patched(), "modules"),
     "subclass": (lambda: Doubled(small_model().config).eval(), "not a plain"),
+    "head": (lambda: _changed(lambda m: setattr(m.lm_head, "weight", torch.nn.Parameter(-m.lm_head.weight.detach()))),
+             "sizes"),
+    "vocabulary": (lambda: _changed(_resize), "sizes"),
+    "positions": (lambda: _changed(lambda m: setattr(m.transformer.wpe, "weight", torch.nn.Parameter(torch.zeros(7, 35)))),
+                  "sizes"),
+    "eps": (lambda: _changed(lambda m: setattr(m.transformer.ln_f, "eps", 0.1)), "switches"),
+    "scale": (lambda: _changed(lambda m: setattr(m.transformer.h[0].attn, "scale", 2.0)), "switches"),
+    "activation": (lambda: _changed(lambda m: setattr(m.transformer.h[1].mlp.c_fc, "activation", "relu")), "switches"),
+    "one block's dropout": (lambda: _changed(lambda m: m.transformer.h[0].train(), dropout=0.1), "training mode"),
+    "elsewhere": (lambda: _changed(lambda m: m.transformer.h[0].to("meta")), "not on the CPU"),
 }
+
+
+def _changed(change, **settings):
+    model = small_model(**settings)
+    change(model)
+    return model
+
+
+def _resize(model):
+    model.lm_head.weight = model.transformer.wte.weight = torch.nn.Parameter(torch.randn(71, 35))
 
 
 def _mixed():
@@ -116,6 +136,28 @@ def test_more_rows_than_the_cache_held():
     assert len(model.generate(torch.tensor([[1, 2, 3]]), 200, temperature=0, n=9)) == 9
     rows = model.generate([[i] for i in range(40)], 100, temperature=0)
     assert rows[7] == model.generate([[7]], 100, temperature=0)[0]
+
+
+def test_a_streamer_that_generates_with_the_same_model():
+    model, inner = small_model(), []
+    expected = model.generate([[4, 5]], 150, temperature=0)
+
+    def ask(row, token):
+        if not inner:
+            inner.append(model.generate([[4, 5]], 150, temperature=0))
+
+    model.generate([[1, 2, 3]], 200, temperature=0, streamer=ask)
+    assert inner[0] == expected
+
+
+def test_without_a_seed_a_batch_draws_what_the_ops_draw():
+    model = small_model()
+    for prompts in ([[1] * 280, [2] * 280], [[3], [4, 5]]):
+        torch.manual_seed(5)
+        ours = model.generate(prompts, 10, temperature=0.9, n=2)
+        torch.manual_seed(5)
+        with ops.backend("reference"):
+            assert model.generate(prompts, 10, temperature=0.9, n=2) == ours
 
 
 def test_another_dtype():

@@ -118,6 +118,18 @@ def test_wrong_arguments_are_named(change, message):
         case.run()
 
 
+def test_parts_that_do_not_belong_together_are_refused():
+    k, v, scale = torch.zeros(2, 1, 1, 8, 16), torch.zeros(2, 1, 16, 8), torch.zeros(2, 1, 16)
+    for arguments in ((k[:1], v), (k, v[:, :, :8]), (k, v, scale), (k.to(torch.int8), v.to(torch.int8)),
+                      (k.to(torch.int8), v.to(torch.int8), scale, scale[:1])):
+        with pytest.raises(ValueError, match="PagedCache"):
+            PagedCache(*arguments)
+    lens = torch.tensor([1])
+    with pytest.raises(ValueError, match="one dtype"):
+        ops.store_kv(PagedCache(k.bfloat16(), v), torch.zeros(1, 1, 8), torch.zeros(1, 1, 8),
+                     torch.zeros(1, 1, dtype=torch.int32), lens, lens)
+
+
 def test_page_sizes_and_dtypes_are_checked():
     for arguments in ((2, 1, 15, 8), (2, 1, 0, 8), (2, 1, 16, 8, torch.float16)):
         with pytest.raises(ValueError, match="page_size|dtype"):

@@ -16,6 +16,7 @@
 #include "pack.inl"
 #include "attention.inl"
 #include "dots.inl"
+#include "formats.inl"
 #include "packed.inl"
 #include "packed_product.inl"
 #include "paged_attention.inl"

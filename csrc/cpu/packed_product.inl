@@ -169,14 +169,17 @@ INLINE float highest_magnitude(const float* x, int64_t n) {
   return magnitude;
 }
 
-// One row as 16-bit integers times a scale, the largest magnitude / kMostInteger. Of a row with a NaN or an infinity the
-// integers are as good as any: its scale is NaN or infinite, or its products are.
+// A row, or a group of one, with a NaN or an infinity: integers 1 and a scale NaN, so that no product is finite.
+INLINE bool is_finite(float a) { return a - a == 0.0f; }
+
+// One row as 16-bit integers times a scale, the largest magnitude / kMostInteger.
 INLINE void quantize_to_16_bits(const RowBuffer& b, int64_t i) {
   const float* x = b.floats + i * b.stride;
   const float highest = highest_magnitude(x, b.stride), inverse = highest > 0.0f ? kMostInteger / highest : 0.0f;
-  b.scale[i * b.groups] = highest / kMostInteger;
+  b.scale[i * b.groups] = is_finite(highest) ? highest / kMostInteger : NAN;
   int16_t* to = (int16_t*)b.converted + i * b.stride;
-  for (int64_t k = 0; k < b.stride; k += W) store_pairs(to + k, round_to_int(load(x + k) * inverse));
+  for (int64_t k = 0; k < b.stride; k += W)
+    store_pairs(to + k, is_finite(highest) ? round_to_int(load(x + k) * inverse) : 1 - IntVec{});
 }
 
 // One row as 8-bit integers times a scale for each group, with the groups' sums.
@@ -185,10 +188,10 @@ INLINE void quantize_to_8_bits(const RowBuffer& b, int64_t i) {
   for (int64_t g = 0; g < b.groups; g++) {
     const float* x = b.floats + i * b.stride + g * kInt4Group;
     const float highest = highest_magnitude(x, kInt4Group), inverse = highest > 0.0f ? 127.0f / highest : 0.0f;
-    b.scale[i * b.groups + g] = highest / 127.0f;
+    b.scale[i * b.groups + g] = is_finite(highest) ? highest / 127.0f : NAN;
     IntVec sum = {};
     for (int64_t k = 0; k < kInt4Group; k += W) {
-      IntVec a = round_to_int(load(x + k) * inverse);
+      IntVec a = is_finite(highest) ? round_to_int(load(x + k) * inverse) : 1 - IntVec{};
       sum = sum + a;
       store_bytes(to + g * kInt4Group + k, a);
     }

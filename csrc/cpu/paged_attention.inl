@@ -52,13 +52,16 @@ INLINE void put(bf16* p, float a, float) {
 }
 INLINE void put(int8_t* p, float a, float inverse) { *p = (int8_t)lrintf(a * inverse); }
 
-// The scale of a row of int8 numbers, 1 of the other types.
+// The scale of a row of int8 numbers, NaN where one of them is not finite; 1 of the other types.
 template <class T>
 INLINE float row_scale(const float* x, int64_t D) {
   if (sizeof(T) > 1) return 1.0f;
-  float top = 0.0f;
-  for (int64_t d = 0; d < D; d++) top = fabsf(x[d]) > top ? fabsf(x[d]) : top;
-  return top / 127.0f;
+  float top = 0.0f, odd = 0.0f;
+  for (int64_t d = 0; d < D; d++) {
+    top = fabsf(x[d]) > top ? fabsf(x[d]) : top;
+    odd += x[d] - x[d];
+  }
+  return top / 127.0f + odd;
 }
 
 template <class T>

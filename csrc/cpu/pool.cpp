@@ -75,6 +75,7 @@ struct Pool {
   alignas(kCacheLine) std::atomic<uint64_t> generation{0};  // counts the jobs: what the workers watch
   alignas(kCacheLine) std::atomic<int64_t> next{0};         // the first task that nobody has taken
   alignas(kCacheLine) std::atomic<int> inside{0};           // workers that may look at the job
+  std::atomic<int> seats{0};                                // workers that the job still takes
   std::atomic<bool> open{false};
 
   // Starts as many workers as the system allows, at most count; returns their number. No job runs meanwhile.
@@ -94,8 +95,9 @@ struct Pool {
     return (int)workers.size();
   }
 
-  void run(int64_t count, void (*function)(void*, int64_t), void* argument, int patience) {
+  void run(int64_t count, void (*function)(void*, int64_t), void* argument, int patience, int limit) {
     spins.store(patience);
+    seats.store(limit - 1);
     tasks = count;
     task = function;
     context = argument;
@@ -103,7 +105,7 @@ struct Pool {
     next.store(0);
     open.store(true);
     generation.fetch_add(1);
-    wake_parked(count - 1);
+    wake_parked(count - 1 < limit - 1 ? count - 1 : limit - 1);
     drain();
     open.store(false);
     for (int i = 0; inside.load() != 0 && i < kCallerSpins; i++) PAUSE();
@@ -161,7 +163,7 @@ void Pool::work(uint64_t seen) {
   while (wait_for_job(seen)) {
     seen = generation.load();
     inside.fetch_add(1);
-    if (open.load()) drain();
+    if (open.load() && seats.fetch_sub(1) > 0) drain();
     if (inside.fetch_sub(1) == 1 && !open.load()) {
       { std::lock_guard<std::mutex> lock(mutex); }
       done.notify_one();
@@ -176,7 +178,9 @@ struct InTask {
 
 std::mutex setup;      // of pool; taken before Pool::busy
 Pool* pool = nullptr;  // never destroyed: its workers may outlive the static objects of a process that exits
-std::atomic<int> thread_count{1};
+std::atomic<int> thread_count{1};  // of a job, unless its caller has a ThreadLimit
+thread_local int own_limit = 0;
+int capacity = 0;  // threads that the pool was last asked for; guarded by setup
 
 // The child of a fork has none of the workers: it gets a new pool at its first job, and the old one stays as it is.
 void forget_pool() {
@@ -186,11 +190,18 @@ void forget_pool() {
 // When the extension is loaded, before any thread can hold the mutex.
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
 
-Pool& current_pool() {
+// With room for `limit` threads, as far as the system gives them.
+Pool& current_pool(int limit) {
   std::lock_guard<std::mutex> lock(setup);
   if (!pool) {
     pool = new Pool;
-    thread_count = 1 + pool->resize(thread_count - 1);
+    capacity = 1;
+  }
+  if (capacity < limit) {
+    std::lock_guard<std::mutex> owner(pool->busy);
+    capacity = limit;
+    const int granted = 1 + pool->resize(limit - 1);
+    if (granted < thread_count) thread_count = granted;
   }
   return *pool;
 }
@@ -208,25 +219,30 @@ struct ScratchBuffers {
 }  // namespace
 
 void run_tasks(int64_t tasks, void (*task)(void*, int64_t), void* context, int spins) {
-  if (tasks > 1 && thread_count > 1 && !in_task) {
-    Pool& p = current_pool();
+  const int limit = threads();
+  if (tasks > 1 && limit > 1 && !in_task) {
+    Pool& p = current_pool(limit);
     std::unique_lock<std::mutex> owner(p.busy, std::try_to_lock);
     if (owner) {
       InTask mark;
-      p.run(tasks, task, context, spins);
+      p.run(tasks, task, context, spins, limit);
       return;
     }
   }
   for (int64_t i = 0; i < tasks; i++) task(context, i);
 }
 
-int threads() { return thread_count; }
+int threads() { return own_limit ? own_limit : thread_count.load(); }
+
+ThreadLimit::ThreadLimit(int count) : before(own_limit) { own_limit = count; }
+ThreadLimit::~ThreadLimit() { own_limit = before; }
 
 void set_threads(int count) {
   std::lock_guard<std::mutex> lock(setup);
   thread_count = count;
   if (!pool) return;
   std::lock_guard<std::mutex> owner(pool->busy);
+  capacity = count;
   thread_count = 1 + pool->resize(count - 1);
 }
 

@@ -13,8 +13,17 @@ void run_tasks(int64_t tasks, void (*task)(void* context, int64_t index), void* 
 constexpr int kOpSpins = 400;       // about 10 us, a pause takes 20 to 45 ns: other pools want the cores next
 constexpr int kEngineSpins = 4000;  // about 100 us: the next step's first job comes after some Python
 
-int threads();
+int threads();  // that a job of the calling thread gets at most
 void set_threads(int count);
+
+// While it lives, the calling thread's jobs get so many threads; 0 leaves the number that set_threads gave.
+struct ThreadLimit {
+  explicit ThreadLimit(int count);
+  ~ThreadLimit();
+
+ private:
+  int before;
+};
 
 // A buffer of the calling thread, 64-byte aligned, that keeps its size between calls. One buffer a slot: a kernel that
 // calls another must use another slot.

@@ -1,5 +1,5 @@
 // A row of logits to a token, without sorting: thresholds by the digits of the numbers' order, then the cumulative
-// distribution, in order of the ids, inverted. fastgpt/sampling.py says the same in PyTorch.
+// distribution, in order of the ids, inverted. fastgpt/torch_sampling.py says the same in PyTorch.
 
 namespace fastgpt {
 namespace {
@@ -70,7 +70,7 @@ void adjust_logits(float* x, int64_t V, const Draw& draw) {
     }
   }
   for (int64_t i = 0; i < draw.biases; i++)
-    if (draw.bias_ids[i] < V) x[draw.bias_ids[i]] += draw.bias[i];
+    if (draw.bias_ids[i] >= 0 && draw.bias_ids[i] < V) x[draw.bias_ids[i]] += draw.bias[i];
 }
 
 // The first of the largest entries; -1 when it is not finite or an entry is not a number.

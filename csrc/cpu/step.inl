@@ -1,6 +1,6 @@
 // One step of the model for some tokens of some sequences: from ids to logits in one call. A product's input is made
 // by whole rows (norm, then 16-bit integers where the weights are integers), its epilogue adds bias, activation and
-// residual; so a layer is five jobs for the threads.
+// residual: five jobs for the threads in a layer, and of many rows one more for each input.
 
 namespace fastgpt {
 namespace {
@@ -50,7 +50,8 @@ void norm_rows(const Norm& norm, float eps, const float* x, int64_t C, int64_t M
   });
 }
 
-void attend(const Model& m, const Layer& layer, const KvCache& cache, const StepInput& in, const float* qkv, const RowBuffer& to) {
+void attend(const Model& m, const Layer& layer, const KvCache& cache, const StepInput& in, const float* qkv,
+            const RowBuffer& to) {
   const PagedQueries queries = {qkv, to.floats, 3 * m.C, to.stride, m.H, layer.scale};
   const NewKeys kv = {qkv + m.C, qkv + 2 * m.C, 3 * m.C};
   BY_CACHE(cache.dtype, paged_attention, cache, queries, in.sequences, in.count, &kv);

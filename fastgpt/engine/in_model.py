@@ -1,13 +1,15 @@
 """`GPT.generate` on the decode engine: a model in memory gets an engine of its own, for as long as its weights stay as
 they were packed."""
+import contextlib
 import threading
 import weakref
 
 import torch
 
 from fastgpt import ops, torch_sampling
-from fastgpt.engine.llm import LLM
+from fastgpt.engine.llm import LLM, STEP_TOKENS
 from fastgpt.engine.sequence import Ending, Request
+from fastgpt.engine.weights import attention_scale, shapes
 from fastgpt.extension import _C, MISSING
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -26,70 +28,85 @@ def use_dtype(model, dtype):
 
 def why_not(model, prompts=(), params=None):
     """Why the engine can't generate with this model, or these prompts, or None."""
-    from fastgpt.model import GPT
     if MISSING:
         return MISSING
+    if _is_altered(model):
+        return "the model is not a plain fastgpt.GPT of its config: modules, sizes or switches differ, or there are hooks"
+    if {p.device.type for p in model.parameters()} != {"cpu"}:
+        return "its weights are not on the CPU"
     weight = model.lm_head.weight
     dtypes = {p.dtype for p in model.parameters()}
     if len(dtypes) > 1 or weight.dtype not in DTYPES:
         return f"its weights are {', '.join(sorted(map(str, dtypes)))}; it takes float32 or bfloat16"
     if ops.resolve("linear", weight)[0] != "cpp":
         return f"the model's ops run on {ops.resolve('linear', weight)[0]}"
-    if torch.is_autocast_enabled(weight.device.type):
+    if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    if model.training and max(model.config.rate(name) for name in ("embd", "attn", "resid")) > 0:
+    if any(module.training and getattr(module, name, 0.0) > 0 for module in model.modules() for name in ("p", "dropout")
+           if isinstance(getattr(module, name, 0.0), float)):
         return "the model is in training mode, with dropout"
-    if type(model) is not GPT or _is_altered(model):
-        return "the model is not a plain fastgpt.GPT: modules were replaced, or have hooks"
     longest = max((len(prompt) for prompt in prompts), default=0) + (params.max_tokens if params else 0)
     if longest > model.config.block_size + 1:
         return "the text will be longer than the context, which then slides"
+    _, engine = _engines.get(model, (None, None))
+    if engine is not None and engine.owner == threading.get_ident():
+        return "a generation of this model is under way in this thread: its streamer is asking"
     return None
 
 
 def _is_altered(model):
-    from fastgpt.engine.weights import shapes
-    names = {name for name, _ in model.named_parameters()} - {"lm_head.weight"}
-    expected = shapes(model.config).keys() - {"lm_head.weight"}
-    hooks = ("_forward_hooks", "_forward_pre_hooks")
-    known = ("fastgpt.model", "torch.nn.modules.")
-    return (names - {"transformer.wte.weight"} != expected - {"transformer.wte.weight"}
-            or any(getattr(m, hook) for m in model.modules() for hook in hooks)
-            or any("forward" in vars(m) or not type(m).__module__.startswith(known) for m in model.modules()))
+    """Whether the model computes anything but what its config says, by parameters of the config's shapes."""
+    from fastgpt.model import GPT
+    config = model.config
+    if type(model) is not GPT or any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)
+                                     or not type(m).__module__.startswith(("fastgpt.model", "torch.nn.modules."))
+                                     for m in model.modules()):
+        return True
+    found = {name: tuple(p.shape) for name, p in model.state_dict(keep_vars=True).items()}
+    tied = model.lm_head.weight is model.transformer.wte.weight
+    if config.tie_word_embeddings and tied:
+        del found["lm_head.weight"]
+    if tied != config.tie_word_embeddings or found != shapes(config):
+        return True
+    norms = [model.transformer.ln_f, *(norm for block in model.transformer.h for norm in (block.ln_1, block.ln_2))]
+    return (any(norm.eps != config.layer_norm_epsilon for norm in norms)
+            or any(block.mlp.c_fc.activation != config.activation or block.mlp.c_proj.activation is not None
+                   or block.attn.n_head != config.n_head or block.attn.scale != attention_scale(config, layer)
+                   for layer, block in enumerate(model.transformer.h)))
 
 
 def generate(model, prompts, params, seeds, known, tokenizer):
     """Yields (row, new token): row counts the prompts' samples. known: how many ids may be drawn, None for all."""
     engine = _engine_of(model)
-    requests = [Request(i, prompt.tolist(), params, None if seeds is None else seeds[i], model.config.block_size + 1)
+    torch_draws = seeds is None and params.temperature > 0
+    requests = [Request(i, prompt.tolist(), params, 0 if seeds is None else seeds[i], model.config)
                 for i, prompt in enumerate(prompts)]
-    with engine.turn(known, torch_draws=seeds is None and params.temperature > 0):
+    with engine.turn(known, torch_draws):
         engine.make_room(requests)
         for sequence, token in engine.run(requests, Ending(params, tokenizer)):
             yield sequence.request.order * params.n + sequence.sample, token
 
 
 class _Engine(LLM):
-    """One generation at a time; without a seed it draws from torch's generator, the numbers that nanoGPT would draw."""
+    """One generation at a time; without a seed it draws from torch's generator, as nanoGPT does."""
 
     def __init__(self, model, dtype):
         super().__init__(model, dtype, kv_cache_tokens=model.config.block_size)
-        self._turn = threading.RLock()
+        self._turn, self.owner = threading.Lock(), None
         self._known, self._torch_draws = None, False
 
+    @contextlib.contextmanager
     def turn(self, known, torch_draws):
-        self._turn.acquire()
-        self._known, self._torch_draws = known, torch_draws
-        return self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._turn.release()
+        with self._turn:
+            self.owner, self._known, self._torch_draws = threading.get_ident(), known, torch_draws
+            try:
+                yield
+            finally:
+                self.owner = None
 
     def make_room(self, requests):
-        """A KV cache in which all requests fit at once."""
+        """All requests fit at once, and their prompts into one step, so that their first tokens are drawn together."""
+        self.max_step_tokens = max(STEP_TOKENS, sum(len(request.prompt) for request in requests))
         pages = self._reservations.pages
         needed = sum(request.most_pages(pages) for request in requests)
         if needed > pages.num_pages and pages.free_pages == pages.num_pages:
@@ -127,6 +144,8 @@ def _engine_of(model):
         state = dtype, _C.active_level(), [_fingerprint(p) for p in model.parameters()]
         before, engine = _engines.get(model, (None, None))
         if before != state:
+            _engines.pop(model, None)  # its memory comes free before the new one's is taken
+            engine = None
             engine = _Engine(model, dtype)
             _engines[model] = state, engine
         return engine

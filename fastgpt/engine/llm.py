@@ -1,25 +1,31 @@
 """`fastgpt.LLM`: text or token ids in, text, token ids and log probabilities out, on the decode engine."""
+import contextlib
 import threading
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from fastgpt import extension
-from fastgpt.config import check_int
+from fastgpt.config import GPTConfig, check_int
 from fastgpt.engine import weights as weights_module
 from fastgpt.engine.memory import address
-from fastgpt.engine.pages import PageAllocator
+from fastgpt.engine.pages import OutOfPages, PageAllocator
 from fastgpt.engine.runner import CACHE_DTYPES, LANES, CpuRunner
 from fastgpt.engine.scheduler import Reservations, Scheduler
 from fastgpt.engine.sequence import Ending, Request
 from fastgpt.extension import _C
+from fastgpt.loading import checkpoint_folder
 from fastgpt.sampling import SamplingParams
+from fastgpt.text import StopFilter
 
 PAGE_SIZE = 64
 STEP_TOKENS = 512  # of prompts, in one step
 CONTEXTS = 16  # full ones that the KV cache holds by default
 LARGEST_PAGE = 1024
+MOST_CACHE_TOKENS = 2 ** 27
+PATIENCE = 0.05  # seconds between two looks at pages that another thread holds
 
 
 @dataclass
@@ -56,8 +62,8 @@ class StreamOutput:
 class LLM:
     """A model that generates on the decode engine.
 
-    model: the path of a directory as transformers or `GPT.save_pretrained` writes it, of anything else that
-    `GPT.from_pretrained` takes, or a `fastgpt.GPT`, whose weights are copied.
+    model: the path of a directory as transformers or `GPT.save_pretrained` writes it, of a training run, of anything else
+    that `GPT.from_pretrained` takes, or a `fastgpt.GPT`, whose weights are copied.
     dtype: of the weights: "float32", "bfloat16", "int8" (a scale for each output) or "int4" (a scale for each 32 weights).
     threads: of this engine's steps; None for `fastgpt.get_num_threads()`.
     kv_cache_tokens: how many tokens' keys and values fit, by default those of 16 full contexts; memory is taken
@@ -71,7 +77,8 @@ class LLM:
 
     def __init__(self, model, dtype="float32", threads=None, kv_cache_tokens=None, page_size=None, kv_cache_dtype=None,
                  tokenizer=None, max_step_tokens=STEP_TOKENS):
-        self._lock = threading.Lock()
+        self._lock = threading.Condition(threading.Lock())  # of steps, pages and reservations; told when pages come free
+        self._active, self._ended = [], deque()  # schedulers of calls that run, and of those that are to be closed
         self.max_step_tokens = check_int("max_step_tokens", max_step_tokens, 1)
         threads = None if threads is None else check_int("threads", threads, 1, 1024)
         page_size = check_int("page_size", PAGE_SIZE if page_size is None else page_size, LANES, LARGEST_PAGE)
@@ -80,17 +87,22 @@ class LLM:
         cache_dtype = kv_cache_dtype or ("float32" if dtype == "float32" else "bfloat16")
         if cache_dtype not in CACHE_DTYPES:
             raise ValueError(f"kv_cache_dtype must be one of {', '.join(CACHE_DTYPES)}, got {kv_cache_dtype!r}")
+        if isinstance(model, (str, Path)):
+            model = checkpoint_folder(model)
         with _threads(threads):
             packed = weights_module.PackedWeights(*_open(model), dtype)
         self.config, self.dtype, self.kv_cache_dtype = packed.config, dtype, cache_dtype
         self._weights, self._page_size, self._threads = packed, page_size, threads
         self._make_cache(CONTEXTS * self.config.block_size if kv_cache_tokens is None else
-                         check_int("kv_cache_tokens", kv_cache_tokens, 1))
+                         check_int("kv_cache_tokens", kv_cache_tokens, 1, MOST_CACHE_TOKENS))
         self.tokenizer = _tokenizer_of(model, tokenizer)
 
     def _make_cache(self, tokens):
         pages = PageAllocator(-(-tokens // self._page_size), self._page_size)
-        self._runner = CpuRunner(self._weights, pages.num_pages, self._page_size, self.kv_cache_dtype, self._threads)
+        try:
+            self._runner = CpuRunner(self._weights, pages.num_pages, self._page_size, self.kv_cache_dtype, self._threads)
+        except (MemoryError, OSError) as error:
+            raise MemoryError(f"kv_cache_tokens: there is no memory for a cache of {tokens} tokens ({error})") from error
         self._reservations = Reservations(pages)
 
     @property
@@ -120,25 +132,21 @@ class LLM:
     def stream(self, prompts, params=None):
         """As `generate`, but yields a `StreamOutput` for each token as it comes."""
         requests, _ = self._requests(prompts, params)
-        streams = {}
+        texts = {}
         for sequence, token in self._run(requests, self._endings(requests)):
             key = sequence.request.order, sequence.sample
-            text = ""
-            if self.tokenizer is not None:
-                stream = streams.setdefault(key, self.tokenizer.stream(skip_special=True))
-                text = stream.push(token)
-                if sequence.finish_reason:
-                    text += stream.flush()
-            yield StreamOutput(*key, token, text, sequence.finish_reason)
+            if key not in texts:
+                texts[key] = _TextStream(self.tokenizer, sequence.request.params.stop)
+            yield StreamOutput(*key, token, texts[key].push(token, sequence.finish_reason), sequence.finish_reason)
 
     def logits(self, prompt):
         """The logits behind each token of a prompt (a text or T ids, at most the context): (T, vocab_size) float32."""
         request, = self._requests([prompt], SamplingParams(max_tokens=0))[0]
-        request.most_tokens = len(request.prompt)
         logits = np.empty((len(request.prompt), self.config.vocab_size), np.float32)
         with self._lock:
             scheduler = Scheduler(self._reservations, self._runner, [request], self.max_step_tokens)
             try:
+                self._close_ended()
                 scheduler.admit()
                 done = 0
                 while done < len(logits):
@@ -152,16 +160,22 @@ class LLM:
 
     def _requests(self, prompts, params):
         """(requests, the prompts' texts or None), all checked."""
-        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer)))
-        prompts = [prompts] if single else list(prompts)
-        params = params if isinstance(params, (list, tuple)) else [params or SamplingParams()] * len(prompts)
-        if len(params) != len(prompts):
+        if not hasattr(prompts, "__iter__"):
+            raise TypeError(f"prompts must be a text, token ids or a list of such, got {type(prompts).__name__}")
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if prompts and isinstance(prompts[0], (int, np.integer)):
+            prompts = [prompts]
+        params = SamplingParams() if params is None else params
+        several = isinstance(params, (list, tuple))
+        if several and len(params) != len(prompts):
             raise ValueError(f"params must be one SamplingParams or one for each of the {len(prompts)} prompts, got "
                              f"{len(params)}")
         requests = []
-        for i, (prompt, own) in enumerate(zip(prompts, params)):
-            seed = own.seed[i] if isinstance(own.seed, list) else own.seed
-            requests.append(self._request(i, prompt, own, seed))
+        for i, prompt in enumerate(prompts):
+            own = params[i] if several else params
+            if not isinstance(own, SamplingParams):
+                raise TypeError(f"params must be a SamplingParams or a list of them, got {type(own).__name__}")
+            requests.append(self._request(i, prompt, own, _seed_of(own, i, 1 if several else len(prompts))))
         return requests, [prompt if isinstance(prompt, str) else None for prompt in prompts]
 
     def _request(self, order, prompt, params, seed):
@@ -172,7 +186,10 @@ class LLM:
             prompt = self.tokenizer.encode(prompt)
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and this LLM has none")
-        ids = np.asarray(prompt)
+        try:
+            ids = np.asarray(prompt)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{name} must hold token ids, got {prompt!r}") from error
         if ids.ndim != 1 or ids.size == 0:
             raise ValueError(f"{name} must hold at least one token id, got {prompt!r}")
         if ids.dtype.kind not in "iu":
@@ -183,8 +200,7 @@ class LLM:
                              f"{self.config.vocab_size})")
         if ids.size > self.config.block_size:
             raise ValueError(f"{name} has {ids.size} tokens, but the context holds {self.config.block_size}")
-        # The last token is never read, so it needs no place in the context.
-        request = Request(order, ids.tolist(), params, seed, self.config.block_size + 1)
+        request = Request(order, ids.tolist(), params, seed, self.config)
         pages = self._reservations.pages
         if request.most_pages(pages) > pages.num_pages:
             raise ValueError(f"{name} may need {request.most_pages(pages)} pages of the KV cache, which has "
@@ -197,21 +213,45 @@ class LLM:
 
     def _run(self, requests, endings):
         """Yields (sequence, new token), step by step, until all requests have ended. endings: of each request."""
-        with self._lock:
-            scheduler = Scheduler(self._reservations, self._runner, [r for r in requests if r.params.max_tokens],
-                                  self.max_step_tokens)
+        scheduler = Scheduler(self._reservations, self._runner, [r for r in requests if r.params.max_tokens],
+                              self.max_step_tokens)
+        self._active.append(scheduler)
         try:
             while scheduler.running or scheduler.waiting:
                 with self._lock:
+                    self._close_ended()
+                    while not self._admit(scheduler):
+                        self._lock.wait(PATIENCE)
                     made = self._step(scheduler, endings)
                 yield from made
         finally:
-            with self._lock:
-                scheduler.close()
+            # Perhaps by the garbage collector, in the middle of a step of this very thread: then that step's successor closes.
+            self._ended.append(scheduler)
+            if self._lock.acquire(blocking=False):
+                try:
+                    self._close_ended()
+                finally:
+                    self._lock.release()
+
+    def _close_ended(self):
+        while self._ended:
+            scheduler = self._ended.popleft()
+            scheduler.close()
+            self._active.remove(scheduler)
+        self._lock.notify_all()
+
+    def _admit(self, scheduler):
+        """Whether the scheduler has something to run; False while another thread holds the pages that it needs."""
+        try:
+            scheduler.admit()
+        except OutOfPages:
+            if not any(other.running and other.thread != scheduler.thread for other in self._active):
+                raise
+            return False
+        return True
 
     def _step(self, scheduler, endings):
         """One step: [(sequence, its new token)]."""
-        scheduler.admit()
         ready, tokens, rows, wanted = scheduler.plan()
         logits = np.empty((len(wanted), self.config.vocab_size), np.float32)
         self._runner.step(tokens, rows, wanted, logits)
@@ -257,9 +297,30 @@ class LLM:
         ids = sequence.new_ids
         text = "" if self.tokenizer is None else self.tokenizer.decode(ids, skip_special=True)
         if isinstance(sequence.stop_reason, str):
-            text = text[:text.index(sequence.stop_reason)]
+            text = text.partition(sequence.stop_reason)[0]
         return CompletionOutput(sequence.sample, text, ids, sequence.finish_reason, sequence.stop_reason,
                                 sequence.logprobs)
+
+
+class _TextStream:
+    """The text of a sequence token by token, up to its stop string; nothing without a tokenizer."""
+
+    def __init__(self, tokenizer, stops):
+        self.stream, self.filter = tokenizer and tokenizer.stream(skip_special=True), StopFilter(stops)
+
+    def push(self, token, last):
+        if self.stream is None:
+            return ""
+        return self.filter.push(self.stream.push(token) + (self.stream.flush() if last else ""), bool(last))
+
+
+def _seed_of(params, i, prompts):
+    """The seed of prompt i of those that share `params`."""
+    if not isinstance(params.seed, list):
+        return params.seed
+    if len(params.seed) != prompts:
+        raise ValueError(f"seed must be one int or one for each of the {prompts} prompts, got {len(params.seed)}")
+    return params.seed[i if prompts > 1 else 0]
 
 
 def _log_probabilities(logits, chosen, count):
@@ -272,25 +333,23 @@ def _log_probabilities(logits, chosen, count):
     return {i: float(logs[i]) for i in ids}
 
 
-class _threads:
+@contextlib.contextmanager
+def _threads(count):
     """Within this context the kernels have so many threads; None leaves them."""
-
-    def __init__(self, count):
-        self.count, self.before = count, extension.get_num_threads()
-
-    def __enter__(self):
-        if self.count is not None:
-            extension.set_num_threads(self.count)
-
-    def __exit__(self, *_):
-        if self.count is not None:
-            extension.set_num_threads(self.before)
+    before = extension.get_num_threads()
+    if count is not None:
+        extension.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if extension.get_num_threads() != before:
+            extension.set_num_threads(before)
 
 
 def _open(model):
     """(config, tensors) of whatever a model is given as."""
     if not isinstance(model, (str, Path)):
-        if not hasattr(model, "state_dict") or not hasattr(model, "config"):
+        if not isinstance(getattr(model, "config", None), GPTConfig):
             raise TypeError(f"model must be a path or a fastgpt.GPT, got {type(model).__name__}")
         return weights_module.of_model(model)
     found = weights_module.of_directory(model)
@@ -301,13 +360,14 @@ def _open(model):
 
 
 def _tokenizer_of(model, tokenizer):
+    """The tokenizer that was given, else the model's own, else None."""
     from fastgpt.tokenizer import Tokenizer
     if tokenizer is not None:
         return tokenizer if hasattr(tokenizer, "decode") else Tokenizer.from_pretrained(str(tokenizer))
-    if isinstance(model, (str, Path)):
-        folder = Path(model) if Path(model).is_dir() else Path(model).parent
-        try:
-            return Tokenizer.from_dir(folder)
-        except FileNotFoundError:
-            pass
-    return None
+    if not isinstance(model, (str, Path)):
+        return None
+    place = Path(model).parent if Path(model).is_file() else model
+    try:
+        return Tokenizer.from_pretrained(str(place))
+    except FileNotFoundError:
+        return None

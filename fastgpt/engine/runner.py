@@ -1,7 +1,6 @@
 """The model on the CPU: packed weights, the pages of the KV cache, and one C++ call for a step."""
 import numpy as np
 
-from fastgpt import extension
 from fastgpt.engine.memory import Arena, address, rounded
 from fastgpt.engine.weights import ACTIVATIONS
 from fastgpt.extension import _C
@@ -40,9 +39,7 @@ class CpuRunner:
         if _C.active_level() != self.weights.level:
             raise RuntimeError(f"these weights were packed for the level {self.weights.level}, but {_C.active_level()} is "
                                "in use now")
-        if self.threads is not None and _C.threads() != self.threads:
-            extension.set_num_threads(self.threads)
-        self._decoder.step(address(tokens), len(tokens), address(sequences), len(sequences), address(wanted),
+        self._decoder.step(self.threads or 0, address(tokens), len(tokens), address(sequences), len(sequences), address(wanted),
                            len(wanted), address(logits))
 
     def copy_pages(self, copies):

@@ -2,6 +2,7 @@
 
 A request is let in when the pages that it may come to need are free: nothing is ever taken back from one that runs.
 """
+import threading
 from collections import deque
 
 import numpy as np
@@ -37,11 +38,14 @@ class Scheduler:
         self.waiting, self.running = deque(requests), []
         self._tables = {}  # sequence -> its block table as an array
         self._unfinished = {}  # request -> its sequences that still run
+        self._promised = 0  # pages, to requests of this call
+        self.thread = threading.get_ident()
 
     def admit(self):
-        """Lets waiting requests in, in order, as long as their pages are free."""
+        """Lets waiting requests in, in order, as long as their pages are free. OutOfPages when nothing could run."""
         while self.waiting and self.reservations.take(self.waiting[0].most_pages(self.pages)):
             request = self.waiting.popleft()
+            self._promised += request.most_pages(self.pages)
             self._unfinished[request] = 1
             self._add(Sequence(request))
         if not self.running and self.waiting:
@@ -84,13 +88,19 @@ class Scheduler:
         self._unfinished[sequence.request] -= 1
         if self._unfinished[sequence.request] == 0:
             del self._unfinished[sequence.request]
-            self.reservations.give_back(sequence.request.most_pages(self.pages))
+            self._give_back(sequence.request.most_pages(self.pages))
 
     def close(self):
         """Ends whatever runs: every page is free again."""
         for sequence in list(self.running):
-            self.finish(sequence)
+            self.running.remove(sequence)
+            self.pages.free(sequence)
         self.waiting.clear()
+        self._give_back(self._promised)
+
+    def _give_back(self, pages):
+        self._promised -= pages
+        self.reservations.give_back(pages)
 
     def _add(self, sequence, at=None):
         self._tables[sequence] = np.zeros(self.pages.pages_for(sequence.request.most_tokens), np.int32)

@@ -10,17 +10,19 @@ from fastgpt.sampling import uniform
 class Request:
     """A prompt and what is wanted of it. order: its place among the prompts of a call."""
 
-    def __init__(self, order, prompt, params, seed, most_tokens):
+    def __init__(self, order, prompt, params, seed, config):
         self.order, self.prompt, self.params = order, prompt, params
         self.seed = random.getrandbits(63) if seed is None else seed
-        self.most_tokens = min(len(prompt) + params.max_tokens, most_tokens)  # of a sequence, prompt included
-        self.bias_ids = np.array(list(params.logit_bias), np.int32)
-        self.bias = np.array(list(params.logit_bias.values()), np.float32)
+        # Of a sequence, prompt included. The last token is never read, so it needs no place in the context.
+        self.most_tokens = min(len(prompt) + params.max_tokens, config.block_size + 1)
+        bias = {i: b for i, b in params.logit_bias.items() if i < config.vocab_size}
+        self.bias_ids, self.bias = np.array(list(bias), np.int32), np.array(list(bias.values()), np.float32)
 
     def most_pages(self, pages):
         """How many pages of an allocator its sequences may come to hold: whole pages of the prompt are shared."""
+        read = max(len(self.prompt), self.most_tokens - 1)
         shared = len(self.prompt) // pages.page_size
-        return shared + self.params.n * (pages.pages_for(self.most_tokens) - shared)
+        return shared + self.params.n * (pages.pages_for(read) - shared)
 
 
 class Sequence:
@@ -33,7 +35,11 @@ class Sequence:
         self.length, self.computed = len(request.prompt), 0
         self.finish_reason = self.stop_reason = None
         self.logprobs = [] if request.params.logprobs is not None else None
-        self._draw = self._constant_draw()
+        p, r = request.params, request
+        # csrc/engine.h's Draw: what comes before and behind the part that changes with each token.
+        self._draw = (p.temperature, p.top_k or 0, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty,
+                      p.frequency_penalty)
+        self._bias = address(r.bias_ids), address(r.bias), len(r.bias)
 
     @property
     def new_ids(self):
@@ -45,23 +51,12 @@ class Sequence:
         other.computed = self.computed
         return other
 
-    def _constant_draw(self):
-        """csrc/engine.h's Draw as far as it does not change; None where it changes with each token."""
-        p, r = self.request.params, self.request
-        bias = (address(r.bias_ids), address(r.bias), len(r.bias)) if len(r.bias) else (0, 0, 0)
-        self._head = (p.temperature, p.top_k or 0, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty,
-                      p.frequency_penalty)
-        self._tail = bias
-        if p.temperature == 0 and not p.penalises:
-            return (*self._head, 0.0, 0, 0, 0, *bias)
-        return None
-
     def draw(self):
         """csrc/engine.h's Draw for the next token."""
-        if self._draw is not None:
-            return self._draw
-        number = uniform(self.request.seed, self.sample, self.length)
-        return (*self._head, number, address(self.ids), len(self.request.prompt), self.length, *self._tail)
+        params = self.request.params
+        number = 0.0 if params.temperature == 0 else uniform(self.request.seed, self.sample, self.length)
+        history = (address(self.ids), len(self.request.prompt), self.length) if params.penalises else (0, 0, 0)
+        return (*self._draw, number, *history, *self._bias)
 
     def push(self, token, ending):
         """ending: an `Ending`, which knows what ends a sequence."""
@@ -87,7 +82,7 @@ class Ending:
         if token in self.ids:
             return "stop", token
         if self.stop:
-            found = self._stop_string(sequence.new_ids)
+            found = self._stop_string(sequence.ids[len(sequence.request.prompt):sequence.length])
             if found is not None:
                 return "stop", found
         return ("length" if sequence.length >= sequence.request.most_tokens else None), None
@@ -95,7 +90,7 @@ class Ending:
     def _stop_string(self, ids):
         width = self.tail
         while True:
-            text = self.decode(ids[-width:])
+            text = self.decode(ids[-width:].tolist())
             found = [(text.index(stop), stop) for stop in self.stop if stop in text]
             if found:
                 return min(found)[1]

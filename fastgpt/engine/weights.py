@@ -3,11 +3,14 @@
 A directory's safetensors files are read piece by piece, without torch: beside the packed weights there is never more than
 one matrix (of the embedding, a run of rows) in memory. Every other source becomes a `fastgpt.GPT` first.
 """
+import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
+import safetensors
 
 from fastgpt.config import GPTConfig
 from fastgpt.engine.memory import Arena, address, rounded
@@ -18,6 +21,7 @@ ACTIVATIONS = {"gelu": 1, "gelu_tanh": 2, "relu": 3}  # csrc/kernels.h
 # safetensors' names of what can be read: numpy's dtype to read it with, and the kernels' number where they take it.
 STORED = {"F32": (np.float32, 0), "BF16": (np.uint16, 1), "F16": (np.float16, None), "F64": (np.float64, None)}
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias$")  # the causal mask, which old checkpoints hold
 ROWS = 4096  # of an embedding, read at a time
 HEAD, EMBEDDING, POSITIONS = "lm_head.weight", "transformer.wte.weight", "transformer.wpe.weight"
 
@@ -61,32 +65,35 @@ class ModelTensor:
 
 
 def of_directory(path):
-    """(config, {name: FileTensor}) of a directory with config.json and safetensors, as transformers and we write it; None
-    where the weights have another form."""
+    """(config, {name: FileTensor}) of a directory with config.json and safetensors, as transformers and we write it. None
+    where it is anything else or anything about it is odd: `GPT.from_pretrained` takes more, and names what is wrong."""
     path = Path(path)
-    if not (path / "config.json").is_file():
-        return None
-    if (path / "model.safetensors").is_file():
-        files = [path / "model.safetensors"]
-    elif (path / "model.safetensors.index.json").is_file():
-        index = json.loads((path / "model.safetensors.index.json").read_text())
-        files = [path / name for name in sorted(set(index["weight_map"].values())) if Path(name).name == name]
-    else:
-        return None
     try:
         config = GPTConfig.from_hf(json.loads((path / "config.json").read_bytes()))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path / 'config.json'}: {error}") from error
-    tensors = {}
-    for file in files:
-        tensors.update(_tensors_of(file))
-    _check(config, tensors, path)
+        tensors = {}
+        for file in _weight_files(path):
+            tensors.update(_tensors_of(file))
+    except (OSError, KeyError, TypeError, ValueError, RecursionError, safetensors.SafetensorError):
+        return None
+    if config.n_layer > len(tensors):  # a lie: the names of so many layers would take for ever to list
+        return None
+    expected = shapes(config)
+    names = {name for name in tensors if not MASK_BUFFER.search(name)}
+    if names != expected.keys() or any(tensors[n].shape != shape or tensors[n].kind not in STORED
+                                       for n, shape in expected.items()):
+        return None
     return config, tensors
 
 
 def of_model(model):
-    """The same of a `fastgpt.GPT`."""
-    return model.config, {name: ModelTensor(tensor) for name, tensor in model.state_dict().items()}
+    """The same of a `fastgpt.GPT`, whose parameters must have the shapes that its config says."""
+    config = dataclasses.replace(model.config)  # the model may change its own later
+    tensors = {name: ModelTensor(tensor) for name, tensor in model.state_dict().items()}
+    for name, shape in shapes(config).items():
+        if name not in tensors or tensors[name].shape != shape:
+            found = f"has shape {tensors[name].shape}" if name in tensors else "is missing"
+            raise ValueError(f"model: {name} {found}, but its config says {shape}")
+    return config, tensors
 
 
 def shapes(config):
@@ -105,16 +112,27 @@ def shapes(config):
     return {name: shape for name, shape in found.items() if config.bias or not name.endswith(".bias")}
 
 
+def attention_scale(config, layer):
+    """What the scores of a block are multiplied by."""
+    scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
+    return scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scale
+
+
+def _weight_files(path):
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    shards = set(json.loads((path / "model.safetensors.index.json").read_bytes())["weight_map"].values())
+    if any(not isinstance(name, str) or Path(name).name != name for name in shards):
+        raise ValueError("a shard outside of the directory")
+    return [path / name for name in sorted(shards)]
+
+
 def _tensors_of(file):
-    try:
-        import safetensors
-        with safetensors.safe_open(file, framework="np"):  # the library checks the header and the file's size
-            pass
-        with open(file, "rb") as data:
-            size = int.from_bytes(data.read(8), "little")
-            header = json.loads(data.read(size))
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a valid safetensors file ({error})") from error
+    with safetensors.safe_open(file, framework="np"):  # the library checks the header against the file's size
+        pass
+    with open(file, "rb") as data:
+        size = int.from_bytes(data.read(8), "little")
+        header = json.loads(data.read(size))
     header.pop("__metadata__", None)
     found = {}
     for name, entry in header.items():
@@ -122,21 +140,6 @@ def _tensors_of(file):
         found[ours] = FileTensor(file, entry["shape"], entry["dtype"], 8 + size + entry["data_offsets"][0],
                                  transposed=ours.endswith(CONV1D))
     return found
-
-
-def _check(config, tensors, path):
-    expected = shapes(config) if config.n_layer <= len(tensors) else {}
-    if not expected:
-        raise ValueError(f"{path}: the config says n_layer = {config.n_layer}, but there are {len(tensors)} tensors")
-    missing = sorted(expected.keys() - tensors.keys())
-    if missing:
-        raise ValueError(f"{path}: missing the tensors {', '.join(missing[:8])}")
-    for name, shape in expected.items():
-        if tensors[name].shape != shape:
-            raise ValueError(f"{path}: the tensor {name!r} has shape {tensors[name].stored_shape}, but the config says "
-                             f"{shape[::-1] if tensors[name].transposed else shape}")
-        if tensors[name].kind not in STORED:
-            raise ValueError(f"{path}: the tensor {name!r} is {tensors[name].kind}; expected one of {', '.join(STORED)}")
 
 
 class PackedWeights:
@@ -171,10 +174,7 @@ class PackedWeights:
         del self._tensors
 
     def _layer(self, name, index):
-        config = self.config
-        scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
-        if config.scale_attn_by_inverse_layer_idx:
-            scale /= index + 1
+        scale = attention_scale(self.config, index)
         matrix = {part: self._packed[f"{name}.{part}.weight"] for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc",
                                                                            "mlp.c_proj")}
         return (self.norm(f"{name}.ln_1"), matrix["attn.c_attn"], matrix["attn.c_proj"], self.norm(f"{name}.ln_2"),
