@@ -10,7 +10,7 @@ from fastgpt.extension import _C
 
 pytestmark = pytest.mark.skipif(_C is None, reason="needs the extension")
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
-SHAPES = [(1, 1), (33, 7), (50, 131), (100, 768), (64, 3072), (17, 33)]  # (N, K)
+SHAPES = [(1, 1), (33, 7), (50, 131), (100, 768), (64, 3072), (17, 33), (50257, 5)]  # (N, K)
 ROWS = (1, 2, 3, 4, 5, 6, 7, 13, 14, 16, 65)
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
