@@ -76,7 +76,7 @@ INLINE void multiply_rows_of(const Rows<typename Format<kFormat>::Input>& rows, 
   alignas(64) float sums[R * kTileCols];
   const bool unpacked = sizeof(Panel) > sizeof(const uint8_t*);
   const int64_t steps = loop_steps<kFormat>(w.K, unpacked), tiles = ceil_div(M, R);
-  Ahead ahead = {at.panel + kAhead, 4 * kTileCols};
+  Ahead ahead = {at.panel + kAhead<kFormat>, 4 * kTileCols};
   if (tiles > 1 || unpacked) ahead = {at.next, ceil_div(at.bytes, steps * tiles)};
   for (int64_t i = 0; i < M;) {
     const int64_t count = multiply_rows<Kernel, kFormat, R>(M - i, rows.from(i), b, at.panel, w.K,
