@@ -81,6 +81,11 @@ class GPTConfig:
     def inner_width(self):
         return 4 * self.n_embd if self.n_inner is None else self.n_inner
 
+    def attention_scale(self, layer):
+        """What the attention scores of a block are multiplied by."""
+        scale = (self.n_embd // self.n_head) ** -0.5 if self.scale_attn_weights else 1.0
+        return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
+
     @classmethod
     def from_hf(cls, values):
         """The config of a Hugging Face config.json, given as a dict; keys of no consequence here are ignored."""

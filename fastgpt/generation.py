@@ -7,6 +7,8 @@ Shapes: P prompts, R = P * n rows, B batch, T new tokens, S tokens so far, H hea
 import torch
 
 from fastgpt import torch_sampling
+from fastgpt.engine import in_model
+from fastgpt.engine.sequence import Ending
 from fastgpt.sampling import uniform
 
 
@@ -72,26 +74,11 @@ class _Row:
 
     def __init__(self, prompt, params, tokenizer):
         self.ids, self.prompt_length, self.ended = prompt.tolist(), len(prompt), False
-        self.stop, self.decode = params.stop, None if tokenizer is None else tokenizer.decode
-        self.end_ids = set(params.stop_token_ids)
-        if tokenizer is not None and not params.ignore_eos:
-            self.end_ids.add(getattr(tokenizer, "eos_token_id", None))
-        # A stop string that has just become whole lies within so many last bytes.
-        self.tail = max((len(text.encode()) for text in self.stop), default=0) + 1
+        self.ending = Ending(params, tokenizer)
 
     def push(self, token):
         self.ids.append(token)
-        self.ended = token in self.end_ids or bool(self.stop) and self._holds_stop()
-
-    def _holds_stop(self):
-        new, width = len(self.ids) - self.prompt_length, self.tail
-        while True:
-            text = self.decode(self.ids[len(self.ids) - min(new, width):])
-            if any(stop in text for stop in self.stop):
-                return True
-            if width >= new or len(text.encode()) >= self.tail:
-                return False
-            width *= 2  # some tokens added no text
+        self.ended = self.ending.look(token, self.ids, self.prompt_length)[0] is not None
 
 
 class _Sampler:
@@ -133,17 +120,15 @@ def generate(model, idx, params, *, tokenizer=None, streamer=None):
     if params.stop and tokenizer is None:
         raise ValueError("generate: stop strings need a tokenizer")
     prompts = _check_prompts(idx, model.config.vocab_size)
-    seeds = _check_seeds(params.seed, len(prompts))
+    seeds = None if params.seed is None else params.seeds(len(prompts))
     rows = [_Row(prompt, params, tokenizer) for prompt in prompts for _ in range(params.n)]
     if rows and params.max_tokens:
-        from fastgpt.engine import in_model  # not at the top: the engine's own imports come back here
         run = _run if in_model.why_not(model, prompts, params) else _run_on_engine
         run(model, prompts, rows, params, seeds, streamer, tokenizer)
     return _as_tensor(rows, idx) if isinstance(idx, torch.Tensor) else [row.ids for row in rows]
 
 
 def _run_on_engine(model, prompts, rows, params, seeds, streamer, tokenizer):
-    from fastgpt.engine import in_model
     for row, token in in_model.generate(model, prompts, params, seeds, _known_ids(tokenizer), tokenizer):
         rows[row].ids.append(token)
         if streamer is not None:
@@ -201,12 +186,6 @@ def _check_prompts(idx, vocab_size):
             raise ValueError(f"idx[{p}] holds the token id {int(low if low < 0 else high)}, outside [0, {vocab_size})")
         prompts.append(prompt.long())
     return prompts
-
-
-def _check_seeds(seed, n_prompts):
-    if isinstance(seed, list) and len(seed) != n_prompts:
-        raise ValueError(f"seed must be one int or one for each of the {n_prompts} prompts, got {len(seed)}")
-    return [seed] * n_prompts if isinstance(seed, int) else seed
 
 
 def _known_ids(tokenizer):

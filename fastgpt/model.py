@@ -52,9 +52,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(C, C, config.bias)
         self.dropout = config.rate("attn")
         self.resid_dropout = nn.Dropout(config.rate("resid"))
-        self.scale = (C // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
-        if config.scale_attn_by_inverse_layer_idx:
-            self.scale /= layer + 1
+        self.scale = config.attention_scale(layer)
 
     def forward(self, x, key_mask=None, cache=None):
         B, T, C = x.shape

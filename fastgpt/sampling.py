@@ -95,6 +95,14 @@ class SamplingParams:
         """Whether the tokens of the sequence change its logits."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
+    def seeds(self, prompts):
+        """The seed of each of so many prompts; None without one."""
+        if not isinstance(self.seed, list):
+            return [self.seed] * prompts
+        if len(self.seed) != prompts:
+            raise ValueError(f"seed must be one int or one for each of the {prompts} prompts, got {len(self.seed)}")
+        return self.seed
+
 
 def uniform(seed, sample, position):
     """A number in [0, 1) with 52 random bits: a pure function of the request's seed, which of its n samples, and the

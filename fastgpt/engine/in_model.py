@@ -9,8 +9,9 @@ import torch
 from fastgpt import ops, torch_sampling
 from fastgpt.engine.llm import LLM, STEP_TOKENS
 from fastgpt.engine.sequence import Ending, Request
-from fastgpt.engine.weights import attention_scale, shapes
+from fastgpt.engine.weights import shapes
 from fastgpt.extension import _C, MISSING
+from fastgpt.model import GPT
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _engines = weakref.WeakKeyDictionary()  # model -> (what its weights were, its engine)
@@ -56,7 +57,6 @@ def why_not(model, prompts=(), params=None):
 
 def _is_altered(model):
     """Whether the model computes anything but what its config says, by parameters of the config's shapes."""
-    from fastgpt.model import GPT
     config = model.config
     if type(model) is not GPT or any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)
                                      or not type(m).__module__.startswith(("fastgpt.model", "torch.nn.modules."))
@@ -71,7 +71,7 @@ def _is_altered(model):
     norms = [model.transformer.ln_f, *(norm for block in model.transformer.h for norm in (block.ln_1, block.ln_2))]
     return (any(norm.eps != config.layer_norm_epsilon for norm in norms)
             or any(block.mlp.c_fc.activation != config.activation or block.mlp.c_proj.activation is not None
-                   or block.attn.n_head != config.n_head or block.attn.scale != attention_scale(config, layer)
+                   or block.attn.n_head != config.n_head or block.attn.scale != config.attention_scale(layer)
                    for layer, block in enumerate(model.transformer.h)))
 
 

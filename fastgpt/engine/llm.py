@@ -175,7 +175,8 @@ class LLM:
             own = params[i] if several else params
             if not isinstance(own, SamplingParams):
                 raise TypeError(f"params must be a SamplingParams or a list of them, got {type(own).__name__}")
-            requests.append(self._request(i, prompt, own, _seed_of(own, i, 1 if several else len(prompts))))
+            seed = own.seeds(1)[0] if several else own.seeds(len(prompts))[i]
+            requests.append(self._request(i, prompt, own, seed))
         return requests, [prompt if isinstance(prompt, str) else None for prompt in prompts]
 
     def _request(self, order, prompt, params, seed):
@@ -312,15 +313,6 @@ class _TextStream:
         if self.stream is None:
             return ""
         return self.filter.push(self.stream.push(token) + (self.stream.flush() if last else ""), bool(last))
-
-
-def _seed_of(params, i, prompts):
-    """The seed of prompt i of those that share `params`."""
-    if not isinstance(params.seed, list):
-        return params.seed
-    if len(params.seed) != prompts:
-        raise ValueError(f"seed must be one int or one for each of the {prompts} prompts, got {len(params.seed)}")
-    return params.seed[i if prompts > 1 else 0]
 
 
 def _log_probabilities(logits, chosen, count):

@@ -62,11 +62,13 @@ class Sequence:
         """ending: an `Ending`, which knows what ends a sequence."""
         self.ids[self.length] = token
         self.length += 1
-        self.finish_reason, self.stop_reason = ending.look(self, token)
+        self.finish_reason, self.stop_reason = ending.look(token, self.ids[:self.length], len(self.request.prompt))
+        if self.finish_reason is None and self.length >= self.request.most_tokens:
+            self.finish_reason = "length"
 
 
 class Ending:
-    """What ends the sequences of a request: ids, stop strings, or its length."""
+    """What ends sequences before their length does: ids and stop strings."""
 
     def __init__(self, params, tokenizer):
         self.stop, self.decode = params.stop, None if tokenizer is None else tokenizer.decode
@@ -75,22 +77,20 @@ class Ending:
         # A stop string that has just become whole lies within so many last bytes.
         self.tail = max((len(text.encode()) for text in self.stop), default=0) + 1
 
-    def look(self, sequence, token):
-        """(finish reason, stop reason) behind a new token, None and None while the sequence goes on."""
+    def look(self, token, ids, prompt):
+        """(finish reason, stop reason) behind a new token, both None while the sequence goes on: "stop" and the id or the
+        string that ended it, None of the tokenizer's end. ids: with the token; the first `prompt` are not new."""
         if token == self.eos:
             return "stop", None
         if token in self.ids:
             return "stop", token
-        if self.stop:
-            found = self._stop_string(sequence.ids[len(sequence.request.prompt):sequence.length])
-            if found is not None:
-                return "stop", found
-        return ("length" if sequence.length >= sequence.request.most_tokens else None), None
+        found = self._stop_string(ids[prompt:]) if self.stop else None
+        return (None, None) if found is None else ("stop", found)
 
     def _stop_string(self, ids):
         width = self.tail
         while True:
-            text = self.decode(ids[-width:].tolist())
+            text = self.decode([int(token) for token in ids[-width:]])
             found = [(text.index(stop), stop) for stop in self.stop if stop in text]
             if found:
                 return min(found)[1]

@@ -112,12 +112,6 @@ def shapes(config):
     return {name: shape for name, shape in found.items() if config.bias or not name.endswith(".bias")}
 
 
-def attention_scale(config, layer):
-    """What the scores of a block are multiplied by."""
-    scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
-    return scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scale
-
-
 def _weight_files(path):
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]
@@ -174,11 +168,10 @@ class PackedWeights:
         del self._tensors
 
     def _layer(self, name, index):
-        scale = attention_scale(self.config, index)
         matrix = {part: self._packed[f"{name}.{part}.weight"] for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc",
                                                                            "mlp.c_proj")}
         return (self.norm(f"{name}.ln_1"), matrix["attn.c_attn"], matrix["attn.c_proj"], self.norm(f"{name}.ln_2"),
-                matrix["mlp.c_fc"], matrix["mlp.c_proj"], scale)
+                matrix["mlp.c_fc"], matrix["mlp.c_proj"], self.config.attention_scale(index))
 
     def norm(self, name):
         return self.vector(f"{name}.weight"), self.vector(f"{name}.bias")
