@@ -17,22 +17,18 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import safetensors
 import torch
 from torch.overrides import TorchFunctionMode
 
 from fastgpt.config import DROPOUTS, GPTConfig
+from fastgpt.layout import CONFIG, CONV1D, EMBEDDING, HEAD, INDEX, MASK_BUFFER, WEIGHTS, our_name, safetensors_header
 
-CONFIG, WEIGHTS, NANOGPT = "config.json", "model.safetensors", "ckpt.pt"
-INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+NANOGPT = "ckpt.pt"
+INDICES = (INDEX, "pytorch_model.bin.index.json")
 # Where the weights of a directory are looked for, in this order.
 WEIGHT_FILES = (WEIGHTS, INDICES[0], "pytorch_model.bin", INDICES[1])
 NANOGPT_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 OVERRIDABLE = ("dropout", *DROPOUTS, "gradient_checkpointing")
-# Hugging Face stores these transposed: its Conv1D multiplies x (..., K) by a weight (K, N).
-CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
-MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias$")  # the causal mask, which old checkpoints hold
 BLOCK = re.compile(r"transformer\.h\.(\d{1,9})\.")
 BIAS = re.compile(r"transformer\.(h\.\d+\..*|ln_f)\.bias")
 SHARD = re.compile(r"\w[\w.-]*\.(safetensors|bin)")  # a plain file name, so that an index cannot lead elsewhere
@@ -224,14 +220,8 @@ def _read_index(file):
 def _read_weights(file):
     if file.suffix == ".bin":
         return _stored_by_torch(file, _torch_load(file))
-    try:
-        with safetensors.safe_open(file, framework="pt"), open(file, "rb") as data:  # the library checks the header
-            size = int.from_bytes(data.read(8), "little")
-            header = json.loads(data.read(size))
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a valid safetensors file ({error})") from error
-    header.pop("__metadata__", None)
-    return {name: _in_safetensors(file, name, entry, 8 + size) for name, entry in header.items()}
+    header, data_start = safetensors_header(file)
+    return {name: _in_safetensors(file, name, entry, data_start) for name, entry in header.items()}
 
 
 def _in_safetensors(file, name, entry, data_start):
@@ -281,10 +271,9 @@ def _our_names(stored):
     """The same tensors under the names of our state_dict, without the buffers of old versions."""
     renamed = {}
     for name, tensor in stored.items():
-        name = name.removeprefix("_orig_mod.")  # torch.compile's
         if MASK_BUFFER.search(name):
             continue
-        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        name = our_name(name)
         if name in renamed:
             tensor.refuse(f"is the same as {renamed[name].name!r}")
         renamed[name] = tensor

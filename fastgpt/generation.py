@@ -10,6 +10,7 @@ from fastgpt import torch_sampling
 from fastgpt.engine import in_model
 from fastgpt.engine.sequence import Ending
 from fastgpt.sampling import uniform
+from fastgpt.text import known_ids
 
 
 class KVCache:
@@ -129,7 +130,7 @@ def generate(model, idx, params, *, tokenizer=None, streamer=None):
 
 
 def _run_on_engine(model, prompts, rows, params, seeds, streamer, tokenizer):
-    for row, token in in_model.generate(model, prompts, params, seeds, _known_ids(tokenizer), tokenizer):
+    for row, token in in_model.generate(model, prompts, params, seeds, known_ids(tokenizer), tokenizer):
         rows[row].ids.append(token)
         if streamer is not None:
             streamer(row, token)
@@ -137,7 +138,7 @@ def _run_on_engine(model, prompts, rows, params, seeds, streamer, tokenizer):
 
 def _run(model, prompts, rows, params, seeds, streamer, tokenizer):
     """Lets every row grow until it has ended or has max_tokens more, by the ids that the tokenizer knows alone."""
-    known = _known_ids(tokenizer)
+    known = known_ids(tokenizer)
     S = max(len(prompt) for prompt in prompts)
     device = model.lm_head.weight.device
     pads = [S - len(prompt) for prompt in prompts]
@@ -186,14 +187,6 @@ def _check_prompts(idx, vocab_size):
             raise ValueError(f"idx[{p}] holds the token id {int(low if low < 0 else high)}, outside [0, {vocab_size})")
         prompts.append(prompt.long())
     return prompts
-
-
-def _known_ids(tokenizer):
-    """How many ids our tokenizer, or transformers' (where the added tokens count in its length alone), can decode; None
-    for all. A model may have more, to fill up its matrices: GPT-2's 50257 are often 50304."""
-    if hasattr(tokenizer, "__len__"):
-        return len(tokenizer)
-    return getattr(tokenizer, "vocab_size", None)
 
 
 def _as_tensor(rows, idx):

@@ -1,4 +1,12 @@
-"""Text that comes in pieces."""
+"""Between tokens and text: what a tokenizer knows, and text that comes in pieces."""
+
+
+def known_ids(tokenizer):
+    """How many ids our tokenizer, or transformers' (where the added tokens count in its length alone), can decode; None
+    for all. A model may have more, to fill up its matrices: GPT-2's 50257 are often 50304."""
+    if hasattr(tokenizer, "__len__"):
+        return len(tokenizer)
+    return getattr(tokenizer, "vocab_size", None)
 
 
 class StopFilter:

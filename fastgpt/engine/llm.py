@@ -18,7 +18,7 @@ from fastgpt.engine.sequence import Ending, Request
 from fastgpt.extension import _C
 from fastgpt.loading import checkpoint_folder
 from fastgpt.sampling import SamplingParams
-from fastgpt.text import StopFilter
+from fastgpt.text import StopFilter, known_ids
 
 PAGE_SIZE = 64
 STEP_TOKENS = 512  # of prompts, in one step
@@ -290,9 +290,9 @@ class LLM:
         return tokens.tolist()
 
     def _known_ids(self):
-        """How many ids the tokenizer can decode; all without one. A model may have more, to fill up its matrices."""
-        known = self.config.vocab_size
-        return known if self.tokenizer is None else min(known, self.tokenizer.vocab_size)
+        """How many ids may be drawn."""
+        known = known_ids(self.tokenizer)
+        return self.config.vocab_size if known is None else min(known, self.config.vocab_size)
 
     def _completion(self, sequence):
         ids = sequence.new_ids

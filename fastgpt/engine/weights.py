@@ -6,24 +6,31 @@ one matrix (of the embedding, a run of rows) in memory. Every other source becom
 import dataclasses
 import json
 import math
-import re
 from pathlib import Path
 
 import numpy as np
-import safetensors
 
 from fastgpt.config import GPTConfig
 from fastgpt.engine.memory import Arena, address, rounded
 from fastgpt.extension import _C, MISSING
+from fastgpt.layout import (
+    CONFIG,
+    CONV1D,
+    EMBEDDING,
+    HEAD,
+    INDEX,
+    MASK_BUFFER,
+    POSITIONS,
+    WEIGHTS,
+    our_name,
+    safetensors_header,
+)
 
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}  # kernels' numbers, csrc/engine.h
 ACTIVATIONS = {"gelu": 1, "gelu_tanh": 2, "relu": 3}  # csrc/kernels.h
 # safetensors' names of what can be read: numpy's dtype to read it with, and the kernels' number where they take it.
 STORED = {"F32": (np.float32, 0), "BF16": (np.uint16, 1), "F16": (np.float16, None), "F64": (np.float64, None)}
-CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias$")  # the causal mask, which old checkpoints hold
 ROWS = 4096  # of an embedding, read at a time
-HEAD, EMBEDDING, POSITIONS = "lm_head.weight", "transformer.wte.weight", "transformer.wpe.weight"
 
 
 class FileTensor:
@@ -69,11 +76,11 @@ def of_directory(path):
     where it is anything else or anything about it is odd: `GPT.from_pretrained` takes more, and names what is wrong."""
     path = Path(path)
     try:
-        config = GPTConfig.from_hf(json.loads((path / "config.json").read_bytes()))
+        config = GPTConfig.from_hf(json.loads((path / CONFIG).read_bytes()))
         tensors = {}
         for file in _weight_files(path):
             tensors.update(_tensors_of(file))
-    except (OSError, KeyError, TypeError, ValueError, RecursionError, safetensors.SafetensorError):
+    except (OSError, KeyError, TypeError, ValueError, RecursionError):
         return None
     if config.n_layer > len(tensors):  # a lie: the names of so many layers would take for ever to list
         return None
@@ -113,27 +120,18 @@ def shapes(config):
 
 
 def _weight_files(path):
-    if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"]
-    shards = set(json.loads((path / "model.safetensors.index.json").read_bytes())["weight_map"].values())
+    if (path / WEIGHTS).is_file():
+        return [path / WEIGHTS]
+    shards = set(json.loads((path / INDEX).read_bytes())["weight_map"].values())
     if any(not isinstance(name, str) or Path(name).name != name for name in shards):
         raise ValueError("a shard outside of the directory")
     return [path / name for name in sorted(shards)]
 
 
 def _tensors_of(file):
-    with safetensors.safe_open(file, framework="np"):  # the library checks the header against the file's size
-        pass
-    with open(file, "rb") as data:
-        size = int.from_bytes(data.read(8), "little")
-        header = json.loads(data.read(size))
-    header.pop("__metadata__", None)
-    found = {}
-    for name, entry in header.items():
-        ours = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-        found[ours] = FileTensor(file, entry["shape"], entry["dtype"], 8 + size + entry["data_offsets"][0],
-                                 transposed=ours.endswith(CONV1D))
-    return found
+    header, start = safetensors_header(file)
+    return {our_name(name): FileTensor(file, entry["shape"], entry["dtype"], start + entry["data_offsets"][0],
+                                       transposed=name.endswith(CONV1D)) for name, entry in header.items()}
 
 
 class PackedWeights:
