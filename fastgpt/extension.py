@@ -16,6 +16,10 @@ except ImportError as error:
     del source, cure
 
 LEVELS = ("baseline", "avx2", "avx512")
+# The kernels' numbers (csrc/kernels.h, csrc/engine.h), and how many neighbouring keys lie side by side in a page.
+ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+CACHE_DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
+KEY_LANES = 16
 # Constants, which a compiler that traces a caller can read.
 HAS_BF16 = _C is not None and _C.cpu_has_bf16()
 HAS_VNNI = _C is not None and _C.cpu_has_vnni()

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-LANES = 16  # neighbouring keys
+from fastgpt.extension import KEY_LANES as LANES
+
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 

@@ -26,6 +26,12 @@ namespace {
 typedef int16_t ShortVec __attribute__((vector_size(4 * W)));
 
 INLINE Vec absolute(Vec a) { return as_float(as_int(a) & 0x7FFFFFFF); }
+// The bits of the larger of two magnitudes, of which `top` is such bits already. A NaN is above everything: one that is
+// lost here would make a broken row or weight look sound.
+INLINE IntVec higher_magnitude(IntVec top, Vec a) {
+  const IntVec bits = as_int(absolute(a));
+  return bits > top ? bits : top;
+}
 INLINE IntVec round_to_int(Vec a) {  // |a| < 2**22; halves to even
   return as_int(a + 12582912.0f) - as_int(splat(12582912.0f));
 }

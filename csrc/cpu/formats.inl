@@ -19,28 +19,18 @@ constexpr int64_t kMostInteger = 32767;  // |16-bit row entry|: kChain products 
 template <int kFormat>
 struct Format;
 
-template <bool kFirst, class A, class B>
-struct Choose {
-  typedef A Type;
-};
-template <class A, class B>
-struct Choose<false, A, B> {
-  typedef B Type;
-};
-
 // Input: what the products take of a row.
 template <>
 struct Format<kPackedFloat32> {
   typedef float Input;
 };
-#if defined(HALF_DOTS)
-constexpr bool kHalfDots = true;
-#else
-constexpr bool kHalfDots = false;
-#endif
 template <>
 struct Format<kPackedBFloat16> {
-  typedef Choose<kHalfDots, bf16, float>::Type Input;
+#if defined(HALF_DOTS)
+  typedef bf16 Input;
+#else
+  typedef float Input;
+#endif
 };
 template <>
 struct Format<kPackedInt8> {
@@ -50,6 +40,12 @@ template <>
 struct Format<kPackedInt4> {
   typedef int8_t Input;
 };
+
+#if defined(HALF_DOTS)
+constexpr bool kHalfDots = true;
+#else
+constexpr bool kHalfDots = false;
+#endif
 
 // A row's length as the kernels read it: whole steps and, of int4, whole groups.
 INLINE int64_t padded_k(int format, int64_t K) {
@@ -80,14 +76,9 @@ INLINE void pack_halves(const float* from, int64_t K, uint8_t* to) {
     }
 }
 
-// Of each lane's column. By the bits, in which a NaN is above everything: one that is lost here would make a broken
-// weight look sound.
-INLINE Vec highest_magnitudes(const float* from, int64_t n) {
+INLINE Vec highest_magnitudes(const float* from, int64_t n) {  // of each lane's column
   IntVec top = {};
-  for (int64_t k = 0; k < n; k++) {
-    IntVec bits = as_int(absolute(load(from + k * kTileCols)));
-    top = bits > top ? bits : top;
-  }
+  for (int64_t k = 0; k < n; k++) top = higher_magnitude(top, load(from + k * kTileCols));
   return as_float(top);
 }
 

@@ -3,12 +3,12 @@
 namespace fastgpt {
 namespace {
 
-// The rows of an activation: floats, and what a format's products take instead.
-struct PackedRows {
-  const float* floats;  // (M, stride)
-  const void* converted;
-  const float* scale;
-  const int32_t* sums;
+// M rows of K numbers in the forms that products take: floats, which whoever makes them writes, and what a format's
+// products take instead.
+struct RowBuffer {
+  float *floats, *scale;  // floats: (M, stride)
+  void* converted;
+  int32_t* sums;
   int64_t stride, groups;
 };
 
@@ -97,7 +97,7 @@ INLINE Unpacked unpack(const uint8_t* panel, int64_t K) {
 }
 
 template <int kFormat>
-void multiply_packed(const Packed& w, const PackedRows& x, int64_t M, const Finish& finish) {
+void multiply_packed(const Packed& w, const RowBuffer& x, int64_t M, const Finish& finish) {
   typedef typename Format<kFormat>::Input Input;
   const int64_t bytes = panel_bytes(kFormat, w.K);
   const void* data = converts_rows(kFormat) ? x.converted : x.floats;
@@ -120,21 +120,12 @@ void multiply_packed(const Packed& w, const PackedRows& x, int64_t M, const Fini
   });
 }
 
-void packed_product(const Packed& w, const PackedRows& x, int64_t M, const Finish& finish) {
+void packed_product(const Packed& w, const RowBuffer& x, int64_t M, const Finish& finish) {
   if (w.format == kPackedFloat32) multiply_packed<kPackedFloat32>(w, x, M, finish);
   if (w.format == kPackedBFloat16) multiply_packed<kPackedBFloat16>(w, x, M, finish);
   if (w.format == kPackedInt8) multiply_packed<kPackedInt8>(w, x, M, finish);
   if (w.format == kPackedInt4) multiply_packed<kPackedInt4>(w, x, M, finish);
 }
-
-// Buffers for M rows of at most K numbers in the forms that products take; `floats` is where they are written.
-struct RowBuffer {
-  float *floats, *scale;
-  void* converted;
-  int32_t* sums;
-  int64_t stride, groups;
-  PackedRows rows() const { return {floats, converted, scale, sums, stride, groups}; }
-};
 
 // Integers in pairs as dot_pairs meets them: of four numbers the first and the third, the second and the fourth.
 INLINE void store_pairs(int16_t* to, IntVec a) {
@@ -154,13 +145,9 @@ INLINE void store_bytes(int8_t* to, IntVec a) {
   memcpy(to, &bytes, sizeof bytes);
 }
 
-// By the bits, in which a NaN is above everything: one that is lost here would make a broken row look sound.
 INLINE float highest_magnitude(const float* x, int64_t n) {
   IntVec top = {};
-  for (int64_t k = 0; k < n; k += W) {
-    IntVec bits = as_int(absolute(load(x + k)));
-    top = bits > top ? bits : top;
-  }
+  for (int64_t k = 0; k < n; k += W) top = higher_magnitude(top, load(x + k));
   int32_t lanes[W], highest = 0;
   memcpy(lanes, &top, sizeof top);
   for (int32_t lane : lanes) highest = lane > highest ? lane : highest;
@@ -253,7 +240,7 @@ void packed_linear(const Packed& w, const float* x, int64_t M, int activation, c
   RowBuffer rows = take_rows(arena, M, w.K);
   for (int64_t i = 0; i < M; i++) memcpy(rows.floats + i * rows.stride, x + i * w.K, sizeof(float) * w.K);
   convert_rows(w, rows, M);
-  packed_product(w, rows.rows(), M, {out, w.N, activation, residual});
+  packed_product(w, rows, M, {out, w.N, activation, residual});
 }
 
 }  // namespace

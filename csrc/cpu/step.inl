@@ -59,14 +59,14 @@ void attend(const Model& m, const Layer& layer, const KvCache& cache, const Step
 
 void run_layer(const Model& m, const Layer& layer, const KvCache& cache, const StepInput& in, const Activations& a) {
   norm_rows(layer.ln_1, m.eps, a.x, m.C, in.M, nullptr, layer.qkv.format, a.narrow);
-  packed_product(layer.qkv, a.narrow.rows(), in.M, {a.qkv, 3 * m.C, kNoActivation, nullptr});
+  packed_product(layer.qkv, a.narrow, in.M, {a.qkv, 3 * m.C, kNoActivation, nullptr});
   attend(m, layer, cache, in, a.qkv, a.narrow);
   convert_rows(layer.proj, a.narrow, in.M);
-  packed_product(layer.proj, a.narrow.rows(), in.M, {a.x, m.C, kNoActivation, a.x});
+  packed_product(layer.proj, a.narrow, in.M, {a.x, m.C, kNoActivation, a.x});
   norm_rows(layer.ln_2, m.eps, a.x, m.C, in.M, nullptr, layer.fc.format, a.narrow);
-  packed_product(layer.fc, a.narrow.rows(), in.M, {a.wide.floats, a.wide.stride, m.activation, nullptr});
+  packed_product(layer.fc, a.narrow, in.M, {a.wide.floats, a.wide.stride, m.activation, nullptr});
   convert_rows(layer.out, a.wide, in.M);
-  packed_product(layer.out, a.wide.rows(), in.M, {a.x, m.C, kNoActivation, a.x});
+  packed_product(layer.out, a.wide, in.M, {a.x, m.C, kNoActivation, a.x});
 }
 
 void step(const Model& m, const StepInput& in) {
@@ -76,7 +76,7 @@ void step(const Model& m, const StepInput& in) {
   for (int64_t l = 0; l < m.layers; l++) run_layer(m, m.layer[l], m.cache[l], in, a);
   if (in.L == 0) return;
   norm_rows(m.ln_f, m.eps, a.x, m.C, in.L, in.wanted, m.head.format, a.narrow);
-  packed_product(m.head, a.narrow.rows(), in.L, {in.logits, m.vocab, kNoActivation, nullptr});
+  packed_product(m.head, a.narrow, in.L, {in.logits, m.vocab, kNoActivation, nullptr});
 }
 
 }  // namespace

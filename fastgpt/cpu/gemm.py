@@ -2,9 +2,7 @@
 import torch
 
 from fastgpt.cpu.launch import DTYPES, pointer
-from fastgpt.extension import _C
-
-ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+from fastgpt.extension import _C, ACTIVATIONS
 
 
 def matmul(a, b, out=None, *, accumulate=False, bias=None, activation=None, pre=None, residual=None):

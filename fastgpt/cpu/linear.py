@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt.cpu.gelu import gelu
-from fastgpt.cpu.gemm import ACTIVATIONS, matmul
+from fastgpt.cpu.gemm import matmul
 from fastgpt.cpu.launch import DTYPES, dense, pointer
-from fastgpt.extension import _C, HAS_BF16
+from fastgpt.extension import _C, ACTIVATIONS, HAS_BF16
 from fastgpt.torch_op import define, needs_gradient
 
 

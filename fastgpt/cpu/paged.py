@@ -2,9 +2,7 @@
 import torch
 
 from fastgpt.cpu.launch import dense, pointer
-from fastgpt.extension import _C
-
-CACHE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+from fastgpt.extension import _C, CACHE_DTYPES
 
 
 def _cache(cache):
@@ -14,7 +12,7 @@ def _cache(cache):
         tensor = getattr(cache, name)
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"a PagedCache's {name} must be contiguous")
-    return (CACHE_DTYPES[cache.k.dtype], pointer(cache.k), pointer(cache.v), pointer(cache.k_scale),
+    return (CACHE_DTYPES[str(cache.k.dtype).removeprefix("torch.")], pointer(cache.k), pointer(cache.v), pointer(cache.k_scale),
             pointer(cache.v_scale), page_size, G, D)
 
 

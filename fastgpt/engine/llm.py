@@ -12,10 +12,10 @@ from fastgpt.config import GPTConfig, check_int
 from fastgpt.engine import weights as weights_module
 from fastgpt.engine.memory import address
 from fastgpt.engine.pages import OutOfPages, PageAllocator
-from fastgpt.engine.runner import CACHE_DTYPES, LANES, CpuRunner
+from fastgpt.engine.runner import CpuRunner
 from fastgpt.engine.scheduler import Reservations, Scheduler
 from fastgpt.engine.sequence import Ending, Request
-from fastgpt.extension import _C
+from fastgpt.extension import _C, CACHE_DTYPES, KEY_LANES
 from fastgpt.loading import checkpoint_folder
 from fastgpt.sampling import SamplingParams
 from fastgpt.text import StopFilter, known_ids
@@ -81,9 +81,9 @@ class LLM:
         self._active, self._ended = [], deque()  # schedulers of calls that run, and of those that are to be closed
         self.max_step_tokens = check_int("max_step_tokens", max_step_tokens, 1)
         threads = None if threads is None else check_int("threads", threads, 1, 1024)
-        page_size = check_int("page_size", PAGE_SIZE if page_size is None else page_size, LANES, LARGEST_PAGE)
-        if page_size % LANES:
-            raise ValueError(f"page_size must be a multiple of {LANES}, got {page_size}")
+        page_size = check_int("page_size", PAGE_SIZE if page_size is None else page_size, KEY_LANES, LARGEST_PAGE)
+        if page_size % KEY_LANES:
+            raise ValueError(f"page_size must be a multiple of {KEY_LANES}, got {page_size}")
         cache_dtype = kv_cache_dtype or ("float32" if dtype == "float32" else "bfloat16")
         if cache_dtype not in CACHE_DTYPES:
             raise ValueError(f"kv_cache_dtype must be one of {', '.join(CACHE_DTYPES)}, got {kv_cache_dtype!r}")
@@ -224,6 +224,7 @@ class LLM:
                     while not self._admit(scheduler):
                         self._lock.wait(PATIENCE)
                     made = self._step(scheduler, endings)
+                    self._lock.notify_all()  # pages may have come free
                 yield from made
         finally:
             # Perhaps by the garbage collector, in the middle of a step of this very thread: then that step's successor closes.

@@ -2,19 +2,16 @@
 import numpy as np
 
 from fastgpt.engine.memory import Arena, address, rounded
-from fastgpt.engine.weights import ACTIVATIONS
-from fastgpt.extension import _C
+from fastgpt.extension import _C, ACTIVATIONS, CACHE_DTYPES
 
-# The dtype of keys and values: the kernels' number, and numpy's dtype of the same size.
-CACHE_DTYPES = {"float32": (0, np.float32), "bfloat16": (1, np.uint16), "int8": (2, np.int8)}
-LANES = 16  # keys that lie side by side in a page: csrc/cpu/paged_attention.inl
+STORAGE = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8}  # of keys and values
 
 
 class CpuRunner:
     def __init__(self, weights, num_pages, page_size, cache_dtype, threads=None):
         self.weights, self.threads = weights, threads
         config, layers = weights.config, weights.config.n_layer
-        number, dtype = CACHE_DTYPES[cache_dtype]
+        number, dtype = CACHE_DTYPES[cache_dtype], STORAGE[cache_dtype]
         head_size = config.n_embd // config.n_head
         tokens = num_pages * config.n_head * page_size  # keys of all heads of a layer
         self.bytes_per_token = 2 * layers * config.n_head * (head_size * np.dtype(dtype).itemsize + 4 * (number == 2))

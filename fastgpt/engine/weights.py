@@ -27,7 +27,6 @@ from fastgpt.layout import (
 )
 
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}  # kernels' numbers, csrc/engine.h
-ACTIVATIONS = {"gelu": 1, "gelu_tanh": 2, "relu": 3}  # csrc/kernels.h
 # safetensors' names of what can be read: numpy's dtype to read it with, and the kernels' number where they take it.
 STORED = {"F32": (np.float32, 0), "BF16": (np.uint16, 1), "F16": (np.float16, None), "F64": (np.float64, None)}
 ROWS = 4096  # of an embedding, read at a time
