@@ -76,6 +76,16 @@ struct Argument<AttentionOptions> {
   }
 };
 
+// (ignored, smoothing, z_loss)
+template <>
+struct Argument<LossOptions> {
+  using Python = const std::tuple<int64_t, double, double>&;
+  static LossOptions cast(Python a) {
+    auto [ignored, smoothing, z_loss] = a;
+    return {ignored, smoothing, z_loss};
+  }
+};
+
 template <class... A>
 void define(py::module_& m, const char* name, void (*Kernels::*kernel)(A...)) {
   m.def(
@@ -134,6 +144,7 @@ PYBIND11_MODULE(_C, m) {
   define(m, "attention_forward", &Kernels::attention_forward);
   define(m, "attention_backward", &Kernels::attention_backward);
   define(m, "cross_entropy", &Kernels::cross_entropy);
+  define(m, "dropout", &Kernels::dropout);
   define(m, "check_targets", &Kernels::check_targets);
   define(m, "add_rows", &Kernels::add_rows);
   define_engine(m);

@@ -45,6 +45,13 @@ struct AttentionOptions {
   int64_t seed;
 };
 
+// A target equal to `ignored` has loss and gradient 0. The loss of any other is (1 - smoothing) times its cross entropy
+// plus smoothing times the mean over all classes', plus z_loss times the square of the log of the sum of e**logit.
+struct LossOptions {
+  int64_t ignored;
+  double smoothing, z_loss;
+};
+
 struct Kernels {
   const char* name;
   int width;  // floats in a vector
@@ -87,14 +94,16 @@ struct Kernels {
                              const uint8_t* key_mask, AttentionShape shape, AttentionOptions options, Heads dq,
                              Heads dk, Heads dv);
 
-  // Of each row of logits (rows, cols), of dtype: its loss, also added to total in order of the rows; with scales (rows),
-  // the gradient of scales[i] * losses[i] takes the row's place. A target equal to `ignored` has loss and gradient 0.
-  void (*cross_entropy)(int dtype, void* logits, const int64_t* targets, int64_t ignored, const float* scales,
-                        float* losses, double* total, int64_t rows, int64_t cols);
+  // Of each row of logits (rows, cols), of dtype: its loss; with scales, one for all or, if scale_of_row, one each, the
+  // gradient of scale * losses[i] takes the row's place.
+  void (*cross_entropy)(int dtype, void* logits, const int64_t* targets, const float* scales, bool scale_of_row,
+                        float* losses, int64_t rows, int64_t cols, LossOptions options);
   // result (2): the number of targets other than `ignored`, and the index of the first one outside [0, cols), or -1.
   void (*check_targets)(const int64_t* targets, int64_t count, int64_t cols, int64_t ignored, int64_t* result);
   // sums (cols) += the rows of x (rows, cols) of dtype, in order.
   void (*add_rows)(int dtype, const void* x, float* sums, int64_t rows, int64_t cols);
+  // out = dropout of x, both (rows, cols) of dtype (dropout.inl).
+  void (*dropout)(int dtype, const void* x, void* out, int64_t rows, int64_t cols, int64_t seed, double dropout_p);
 };
 
 // Null where this build has no such level (another architecture).

@@ -122,7 +122,7 @@ def _ops():
 
 
 def _cells(name, cells):
-    return f"{name:<18}" + "".join(f"{cell:<15}" for cell in cells).rstrip()
+    return f"{name:<20}" + "".join(f"{cell:<15}" for cell in cells).rstrip()
 
 
 def _answer(op, device, dtype):

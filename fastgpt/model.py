@@ -1,8 +1,8 @@
 """The GPT: GPT-2's math on the ops of `fastgpt.ops`, with nanoGPT's interface. It never asks which device it is on.
 
 Shapes: B batch, T tokens, C = n_embd channels, H heads, D = C / H head size, V vocabulary. A block hands on the
-residual stream x and the last branch's output delta apart, so that x + delta and the norm after it are one pass over
-memory. Paper: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+residual stream x and the last branch's output delta apart, so that its dropout, x + delta and the norm after it are one
+pass over memory. Paper: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
 import math
 
@@ -19,18 +19,20 @@ DECAY_MIN_DIM = 2  # matrices and embeddings decay; biases and norms do not
 
 
 class LayerNorm(nn.Module):
-    """Norms x (..., C), after adding the branch output delta to it when there is one: -> (normed, x + delta)."""
+    """Norms x (..., C), after adding to it the branch output delta, behind dropout, if there is one: -> (normed, sum)."""
 
     def __init__(self, config):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(config.n_embd))
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
         self.eps = config.layer_norm_epsilon
+        self.dropout = config.rate("resid")
 
     def forward(self, x, delta=None):
         if delta is None:
             return ops.layer_norm(x, self.weight, self.bias, self.eps), x
-        return ops.add_layer_norm(delta, x, self.weight, self.bias, self.eps)
+        dropout_p = self.dropout if self.training else 0.0
+        return ops.add_layer_norm(delta, x, self.weight, self.bias, self.eps, dropout_p=dropout_p)
 
 
 class Linear(nn.Linear):
@@ -51,7 +53,6 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(C, 3 * C, config.bias)  # q, k and v of all heads in one product
         self.c_proj = Linear(C, C, config.bias)
         self.dropout = config.rate("attn")
-        self.resid_dropout = nn.Dropout(config.rate("resid"))
         self.scale = config.attention_scale(layer)
 
     def forward(self, x, key_mask=None, cache=None):
@@ -61,7 +62,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(self.layer, k, v)  # (B, H, S, D): all keys so far, of which the last T are new
         dropout_p = self.dropout if self.training else 0.0
         y = ops.attention(q, k, v, scale=self.scale, dropout_p=dropout_p, key_mask=key_mask)  # (B, H, T, D)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 class MLP(nn.Module):
@@ -69,10 +70,9 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(config.n_embd, config.inner_width, config.bias, config.activation)
         self.c_proj = Linear(config.inner_width, config.n_embd, config.bias)
-        self.dropout = nn.Dropout(config.rate("resid"))
 
     def forward(self, x):
-        return self.dropout(self.c_proj(self.c_fc(x)))
+        return self.c_proj(self.c_fc(x))
 
 
 class Block(nn.Module):

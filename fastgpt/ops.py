@@ -1,21 +1,22 @@
 """The one seam between the model and its kernels: argument checks, the choice of an implementation, the override.
 
-Nothing else chooses. An implementation is a module with functions of the same names and signatures as
-`fastgpt.reference`, plus `why_not(op, device, *tensors)`: None when it takes the call, else the reason as text.
+Nothing else chooses. An implementation is a dictionary of functions of the same names and signatures as
+`fastgpt.reference`, and `why_not(op, device, *tensors, **options)`: None when it takes the call, else the reason as text.
 """
 import contextlib
 import os
 
 import torch
 
-from fastgpt import cpu, paged, reference
+from fastgpt import cpu, kernels, paged, reference
 
-OPS = ("layer_norm", "add_layer_norm", "gelu", "bias_gelu", "linear", "attention", "cross_entropy")
+OPS = ("layer_norm", "add_layer_norm", "gelu", "bias_gelu", "linear", "attention", "packed_attention", "cross_entropy")
 INFERENCE_OPS = ("store_kv", "paged_attention")  # without a backward
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu")
-IMPLEMENTATIONS = {"reference": reference, "cpp": cpu}
+IMPLEMENTATIONS = {"reference": vars(reference), "cpp": cpu.KERNELS, "triton": kernels.KERNELS}
+REFUSALS = {"reference": lambda *call, **options: None, "cpp": cpu.why_not, "triton": kernels.why_not}
 # What is tried for a device, best first; the reference takes everything.
-PREFERENCE = {"cpu": ("cpp", "reference")}
+PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")}
 
 
 def _known_backend(name, source):
@@ -29,7 +30,7 @@ _forced = _known_backend(os.environ.get("FASTGPT_BACKEND", "auto"), "FASTGPT_BAC
 
 @contextlib.contextmanager
 def backend(name):
-    """Within this context every op runs on the implementation `name` ("reference", "cpp" or "auto"), or raises."""
+    """Within this context every op runs on the implementation `name` ("reference", "cpp", "triton" or "auto"), or raises."""
     global _forced
     before, _forced = _forced, _known_backend(name, "backend")
     try:
@@ -38,29 +39,28 @@ def backend(name):
         _forced = before
 
 
-def resolve(op, *tensors, device=None):
-    """What answers `op` for these tensors, or for `device` alone: (implementation's name, the reason as text)."""
+def resolve(op, *tensors, device=None, **options):
+    """What answers `op` for these tensors, or for `device` alone: (implementation's name, the reason as text).
+
+    options: those arguments of the op that not every implementation knows, where they are asked for.
+    """
     device = device or tensors[0].device.type
     if _forced != "auto":
-        reason = _why_not(_forced, op, device, tensors)
+        reason = REFUSALS[_forced](op, device, *tensors, **options)
         if reason:
             raise RuntimeError(f"fastgpt.ops.{op}: the backend {_forced!r} was asked for, but {reason}")
         return _forced, "asked for by FASTGPT_BACKEND or ops.backend()"
     refusals = []
     for name in PREFERENCE.get(device, ("reference",)):
-        reason = _why_not(name, op, device, tensors)
+        reason = REFUSALS[name](op, device, *tensors, **options)
         if reason is None:
             return name, "; ".join(refusals) or f"the first choice on {device}"
         refusals.append(f"not {name}: {reason}")
 
 
-def _why_not(name, op, device, tensors):
-    return None if name == "reference" else IMPLEMENTATIONS[name].why_not(op, device, *tensors)
-
-
-def _implementation(op, *tensors):
-    name, _ = resolve(op, *(t for t in tensors if t is not None))
-    return getattr(IMPLEMENTATIONS[name], op)
+def _implementation(op, *tensors, **options):
+    name, _ = resolve(op, *(t for t in tensors if t is not None), **options)
+    return IMPLEMENTATIONS[name][op]
 
 
 def _check(condition, message):
@@ -114,21 +114,38 @@ def layer_norm(x, weight, bias=None, eps=1e-5):
     return _implementation("layer_norm", x, weight, bias)(x, weight, bias, eps)
 
 
-def add_layer_norm(x, residual, weight, bias=None, eps=1e-5):
-    """The residual add and the layer norm after it, in one pass: (layer_norm(x + residual), x + residual).
+def add_layer_norm(x, residual, weight, bias=None, eps=1e-5, *, dropout_p=0.0, seed=None):
+    """Dropout, the residual add and the layer norm after it, in one pass: (layer_norm(total), total = dropout(x) + residual).
 
     x and residual (..., C) of one shape, weight (C,), bias (C,) or None. The wider of their dtypes is that of both
-    results: under autocast a bfloat16 branch joins a float32 residual stream.
+    results: under autocast a bfloat16 branch joins a float32 residual stream. dropout_p in [0, 1), seed: as `attention`
+    has them; the mask is `fastgpt.reference.dropout_keep_mask` for one batch, one head and all the rows.
     """
     _check_norm("add_layer_norm", x, weight, bias, eps)
     _check_floating("add_layer_norm", "residual", residual)
     _check(x.shape == residual.shape,
            lambda: f"add_layer_norm: residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
     _check_same_device("add_layer_norm", "residual", residual, x)
+    seed = _dropout_seed("add_layer_norm", dropout_p, seed)
     if x.dtype != residual.dtype:
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
-    return _implementation("add_layer_norm", x, residual, weight, bias)(x, residual, weight, bias, eps)
+    function = _implementation("add_layer_norm", x, residual, weight, bias)
+    return function(x, residual, weight, bias, eps, dropout_p=dropout_p, seed=seed)
+
+
+def _dropout_seed(op, dropout_p, seed):
+    """The seed of a checked call's mask: drawn from torch's generator where it is None; 0 without dropout."""
+    _check_number(op, "dropout_p", dropout_p, 0.0, 1.0)
+    _check(seed is None or isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2 ** 63,
+           lambda: f"{op}: seed must be an int in [0, 2**63), got {seed!r}")
+    if dropout_p == 0.0:
+        return 0
+    if seed is not None:
+        return seed
+    seed = torch.randint(2 ** 63 - 1, (), device="cpu")
+    # A compiled graph keeps it a tensor: an int would break the graph here, and Inductor miscompiles it as a symbol.
+    return seed if torch.compiler.is_compiling() else int(seed)
 
 
 def _check_norm(op, x, weight, bias, eps):
@@ -193,7 +210,8 @@ def _check_matrix(op, x, weight):
     _check_same_device(op, "weight", weight, x)
 
 
-def attention(q, k, v, *, causal=True, scale=None, dropout_p=0.0, key_mask=None, seed=None):
+def attention(q, k, v, *, causal=True, scale=None, dropout_p=0.0, key_mask=None, seed=None, window=None,
+              return_lse=False):
     """Scaled dot-product attention without the T x S matrix in memory (Dao et al. 2022, arXiv:2205.14135).
 
     q (B, H, T, D), k and v (B, G, S, D) with H a multiple of G -> (B, H, T, D); any strides, D at most 256 for kernels.
@@ -201,27 +219,19 @@ def attention(q, k, v, *, causal=True, scale=None, dropout_p=0.0, key_mask=None,
     is_causal aligns at the first instead, which differs when T != S). A query that sees no key gives 0.
     scale: of the scores, by default D ** -0.5. key_mask (B, S) bool: True where the key takes part.
     dropout_p in [0, 1) with `seed` (an int below 2**63; None draws one from torch's generator): the mask is
-    `fastgpt.reference.dropout_keep_mask`.
+    `fastgpt.reference.dropout_keep_mask`. window: how many keys a query sees at most, its own and those before it.
+    return_lse: also each row's log of the sum of e**score, (B, H, T) float32, -inf for a row that sees no key; it has no
+    gradient.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         _check_floating("attention", name, tensor)
         if tensor.dim() != 4:
             raise ValueError(f"attention: {name} must have 4 dimensions (batch, heads, length, head size), "
                              f"got shape {tuple(tensor.shape)}")
-        _check_same_device("attention", name, tensor, q)
     (B, H, _, D), (G, S) = q.shape, k.shape[1:3]
-    _check(k.shape == v.shape,
-           lambda: f"attention: k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
-    _check(k.shape[0] == B and k.shape[3] == D,
-           lambda: f"attention: k must have batch {B} and head size {D} as q, got {tuple(k.shape)}")
-    _check(G > 0 and H % G == 0, lambda: f"attention: q's {H} heads must be a multiple of k's {G}")
-    _check(D > 0, lambda: "attention: q must have a head size of at least 1, got 0")
-    _check_number("attention", "dropout_p", dropout_p, 0.0, 1.0)
-    if scale is not None:
-        _check_number("attention", "scale", scale, float("-inf"))
-    if seed is not None:
-        _check(isinstance(seed, int) and 0 <= seed < 2 ** 63,
-               lambda: f"attention: seed must be an int in [0, 2**63), got {seed!r}")
+    _check_heads("attention", q, k, v, H, G, D)
+    _check(k.shape[0] == B, lambda: f"attention: k must have batch {B} and head size {D} as q, got {tuple(k.shape)}")
+    _check_scores("attention", scale, causal, window)
     if key_mask is not None:
         _check_tensor("attention", "key_mask", key_mask)
         _check(key_mask.shape == (B, S) and key_mask.dtype == torch.bool,
@@ -230,13 +240,68 @@ def attention(q, k, v, *, causal=True, scale=None, dropout_p=0.0, key_mask=None,
         _check_same_device("attention", "key_mask", key_mask, q)
     q, k, v = _autocast(q, k, v)
     _check_same_dtype("attention", q=q, k=k, v=v)
-    if dropout_p > 0.0 and seed is None:
-        seed = torch.randint(2 ** 63 - 1, ())
-        # A compiled graph keeps it a tensor: an int would break the graph here, and Inductor miscompiles it as a symbol.
-        seed = seed if torch.compiler.is_compiling() else int(seed)
-    function = _implementation("attention", q, k, v)
-    return function(q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, key_mask=key_mask,
-                    seed=0 if seed is None else seed)
+    seed = _dropout_seed("attention", dropout_p, seed)
+    function = _implementation("attention", q, k, v, window=window)
+    return function(q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, key_mask=key_mask, seed=seed,
+                    window=window, return_lse=return_lse)
+
+
+def _check_heads(op, q, k, v, H, G, D):
+    """Query heads H, key heads G, head size D of q."""
+    for name, tensor in (("k", k), ("v", v)):
+        _check_same_device(op, name, tensor, q)
+    _check(k.shape == v.shape, lambda: f"{op}: k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    _check(k.shape[-1] == D, lambda: f"{op}: k must have head size {D} as q, got {tuple(k.shape)}")
+    _check(G > 0 and H % G == 0, lambda: f"{op}: q's {H} heads must be a multiple of k's {G}")
+    _check(D > 0, lambda: f"{op}: q must have a head size of at least 1, got 0")
+
+
+def _check_scores(op, scale, causal, window):
+    if scale is not None:
+        _check_number(op, "scale", scale, float("-inf"))
+    if window is not None:
+        _check(isinstance(window, int) and not isinstance(window, bool) and window >= 1,
+               lambda: f"{op}: window must be an int of at least 1, got {window!r}")
+        _check(causal, lambda: f"{op}: a window needs causal=True")
+
+
+def packed_attention(q, k, v, q_starts, k_starts, *, causal=True, scale=None, dropout_p=0.0, seed=None, window=None):
+    """`attention` within each of B sequences that lie one behind another, without padding.
+
+    q (N, H, D), k and v (M, G, D) -> (N, H, D). Sequence b's queries are the rows q_starts[b] .. q_starts[b + 1] - 1, its
+    keys those of k_starts; both (B + 1,) int32, from 0 to N and to M, on q's device (where that is a GPU, the call
+    waits for it to read them). The other arguments are those of `attention`.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _check_floating("packed_attention", name, tensor)
+        _check(tensor.dim() == 3, lambda name=name, tensor=tensor: f"packed_attention: {name} must have shape (rows, heads, "
+                                                                   f"head size), got {tuple(tensor.shape)}")
+    _check_heads("packed_attention", q, k, v, q.shape[1], k.shape[1], q.shape[2])
+    _check_scores("packed_attention", scale, causal, window)
+    _check(q_starts.shape == k_starts.shape,
+           lambda: f"packed_attention: q_starts and k_starts must have one shape, got {tuple(q_starts.shape)} and "
+                   f"{tuple(k_starts.shape)}")
+    _check_starts("q_starts", q_starts, q)
+    _check_starts("k_starts", k_starts, k)
+    q, k, v = _autocast(q, k, v)
+    _check_same_dtype("packed_attention", q=q, k=k, v=v)
+    seed = _dropout_seed("packed_attention", dropout_p, seed)
+    function = _implementation("packed_attention", q, k, v, window=window, dropout_p=dropout_p)
+    return function(q, k, v, q_starts, k_starts, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed,
+                    window=window)
+
+
+def _check_starts(name, starts, rows):
+    _check_tensor("packed_attention", name, starts)
+    _check_same_device("packed_attention", name, starts, rows)
+    _check(starts.dim() == 1 and len(starts) >= 1 and starts.dtype == torch.int32,
+           lambda: f"packed_attention: {name} must be int32 of shape (sequences + 1,), got {starts.dtype} "
+                   f"{tuple(starts.shape)}")
+    if torch.compiler.is_compiling():
+        return
+    values = starts.tolist()
+    _check(values[0] == 0 and values[-1] == len(rows) and values == sorted(values),
+           lambda: f"packed_attention: {name} must rise from 0 to the {len(rows)} rows, got {values}")
 
 
 def store_kv(cache, k, v, block_tables, query_lens, context_lens):
@@ -296,11 +361,14 @@ def _check_paged(op, cache, rows, block_tables, query_lens, context_lens):
                lambda used=used: f"{op}: block_tables must name pages in [0, {pages}), got {used}")
 
 
-def cross_entropy(x, weight, targets, *, bias=None, ignore_index=-100, reduction="mean"):
+def cross_entropy(x, weight, targets, *, bias=None, ignore_index=-100, reduction="mean", label_smoothing=0.0,
+                  z_loss=0.0):
     """The loss of a language-model head, cross_entropy(x @ weight.T + bias, targets), without the logits in memory.
 
-    x (..., K), weight (V, K), bias (V,) or None, targets (...) int64 in [0, V) or ignore_index.
-    reduction "mean" (over the targets not ignored; NaN when there are none, as in PyTorch) or "sum" -> float32
+    x (..., K), weight (V, K), bias (V,) or None, targets (...) int64 in [0, V) or ignore_index; another target raises on the
+    CPU and makes the loss NaN on a GPU. label_smoothing in [0, 1): the share of the target that all classes have alike.
+    z_loss: adds z_loss * log(sum of e**logit)**2 to each loss, which keeps the logits from drifting (Chowdhery et al. 2022,
+    arXiv:2204.02311). reduction "mean" (over the targets not ignored; NaN when there are none, as in PyTorch) or "sum" -> float32
     scalar; "none" -> float32 (...); float64 stays. A graph kept by retain_graph=True goes on needing the gradients that
     it has handed out: do not change them in place. Method: chunks of rows (Wijmans et al. 2024, arXiv:2411.09009;
     Liger Kernel).
@@ -317,10 +385,13 @@ def cross_entropy(x, weight, targets, *, bias=None, ignore_index=-100, reduction
     _check_same_device("cross_entropy", "targets", targets, x)
     _check(reduction in ("mean", "sum", "none"),
            lambda: f"cross_entropy: reduction must be mean, sum or none, got {reduction!r}")
+    _check_number("cross_entropy", "label_smoothing", label_smoothing, 0.0, 1.0)
+    _check_number("cross_entropy", "z_loss", z_loss, 0.0)
     x, weight, bias = _autocast(x, weight, bias)
     _check_same_dtype("cross_entropy", x=x, weight=weight, bias=bias)
     function = _implementation("cross_entropy", x, weight, bias)
-    return function(x, weight, targets, bias=bias, ignore_index=ignore_index, reduction=reduction)
+    return function(x, weight, targets, bias=bias, ignore_index=ignore_index, reduction=reduction,
+                    label_smoothing=label_smoothing, z_loss=z_loss)
 
 
 def _autocast(*tensors):

@@ -20,9 +20,18 @@ def layer_norm(x, weight, bias=None, eps=1e-5):
     return F.layer_norm(x.to(wide), (x.shape[-1],), *(p.to(wide) for p in parameters), eps=eps).to(x.dtype)
 
 
-def add_layer_norm(x, residual, weight, bias=None, eps=1e-5):
-    total = x + residual
+def add_layer_norm(x, residual, weight, bias=None, eps=1e-5, *, dropout_p=0.0, seed=0):
+    total = dropout(x, dropout_p, seed) + residual
     return layer_norm(total, weight, bias, eps), total
+
+
+def dropout(x, dropout_p, seed):
+    """x (..., C) with each element dropped or multiplied by 1 / (1 - dropout_p)."""
+    if dropout_p == 0.0:
+        return x
+    C = x.shape[-1]
+    keep = dropout_keep_mask(seed, dropout_p, 1, 1, x.numel() // C, C, device=x.device).view(x.shape)
+    return x * keep / (1.0 - dropout_p)
 
 
 def gelu(x, approximate="none"):
@@ -42,28 +51,51 @@ def linear(x, weight, bias=None, *, activation=None, residual=None):
     return y if residual is None else y + residual
 
 
-def attention(q, k, v, *, causal=True, scale=None, dropout_p=0.0, key_mask=None, seed=0):
-    """q (B, H, T, D), k and v (B, G, S, D), key_mask (B, S) bool -> (B, H, T, D). See `fastgpt.ops.attention`."""
+def attention(q, k, v, *, causal=True, scale=None, dropout_p=0.0, key_mask=None, seed=0, window=None, return_lse=False,
+              first_batch=0):
+    """q (B, H, T, D), k and v (B, G, S, D), key_mask (B, S) bool -> (B, H, T, D). See `fastgpt.ops.attention`.
+
+    first_batch: the number of the first batch for the dropout mask.
+    """
     B, H, T, D = q.shape
     G, S = k.shape[1], k.shape[2]
     k, v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))
     scores = (q @ k.transpose(-2, -1)) * (D ** -0.5 if scale is None else scale)  # (B, H, T, S)
-    visible = attention_mask(T, S, causal, key_mask, q.device)
+    visible = attention_mask(T, S, causal, key_mask, q.device, window)
     # A row that sees no key has the output 0, not NaN: -inf everywhere is replaced before the softmax.
     empty = ~visible.any(-1, keepdim=True)
     scores = scores.masked_fill(~visible & ~empty, float("-inf"))
     weights = torch.softmax(scores, dim=-1).masked_fill(empty, 0.0)
     if dropout_p > 0.0:
-        keep = dropout_keep_mask(seed, dropout_p, B, H, T, S, device=q.device)
+        keep = dropout_keep_mask(seed, dropout_p, B, H, T, S, device=q.device, first_batch=first_batch)
         weights = weights * keep / (1.0 - dropout_p)
-    return weights.to(v.dtype) @ v
+    out = weights.to(v.dtype) @ v
+    if not return_lse:
+        return out
+    lse = scores.detach().masked_fill(empty, float("-inf")).logsumexp(-1)
+    return out, lse if lse.dtype == torch.float64 else lse.float()
 
 
-def attention_mask(T, S, causal=True, key_mask=None, device=None):
-    """Which keys a query may see, bool (B or 1, 1, T, S). Causal masks are aligned at the last query and the last key."""
+def packed_attention(q, k, v, q_starts, k_starts, *, causal=True, scale=None, dropout_p=0.0, seed=0, window=None):
+    """q (N, H, D), k and v (M, G, D), starts (B + 1,) -> (N, H, D). See `fastgpt.ops.packed_attention`."""
+    out = [q[:0]]
+    q_starts, k_starts = q_starts.tolist(), k_starts.tolist()
+    for b, rows in enumerate(map(slice, q_starts, q_starts[1:])):
+        keys = slice(k_starts[b], k_starts[b + 1])
+        heads = (x[part].transpose(0, 1)[None] for x, part in ((q, rows), (k, keys), (v, keys)))  # (1, H or G, rows, D)
+        out.append(attention(*heads, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed, window=window,
+                             first_batch=b)[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+def attention_mask(T, S, causal=True, key_mask=None, device=None, window=None):
+    """Which keys a query may see, bool (B or 1, 1, T, S). Causal masks are aligned at the last query and the last key;
+    of the keys that one leaves, a window leaves the last."""
     visible = torch.ones(1, 1, T, S, dtype=torch.bool, device=device)
     if causal:
         visible = visible.tril(S - T)
+    if window is not None:
+        visible = visible.triu(S - T - window + 1)
     return visible if key_mask is None else visible & key_mask[:, None, None, :]
 
 
@@ -99,10 +131,16 @@ def paged_attention(q, cache, block_tables, query_lens, context_lens, *, scale=N
     return torch.cat(out) if out else torch.empty_like(q)
 
 
-def cross_entropy(x, weight, targets, *, bias=None, ignore_index=-100, reduction="mean"):
+def cross_entropy(x, weight, targets, *, bias=None, ignore_index=-100, reduction="mean", label_smoothing=0.0,
+                  z_loss=0.0):
     logits = F.linear(x, weight, bias).reshape(targets.numel(), len(weight))  # (N, V)
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    loss = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction=reduction)
+    loss = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction=reduction,
+                           label_smoothing=label_smoothing)
+    if z_loss:
+        counts = targets.flatten() != ignore_index
+        squares = z_loss * logits.logsumexp(-1).square() * counts
+        loss = loss + (squares if reduction == "none" else squares.sum() / (counts.sum() if reduction == "mean" else 1))
     return loss.view(targets.shape) if reduction == "none" else loss
 
 
@@ -118,8 +156,8 @@ def dropout_threshold(dropout_p):
     return min(int(dropout_p * 2.0 ** 32), 2 ** 32 - 1)
 
 
-def dropout_keep_mask(seed, dropout_p, B, H, T, S, device=None):
-    """The keep-mask (B, H, T, S) of attention dropout: a pure function of (seed, b, h, i, j), equal on every device.
+def dropout_keep_mask(seed, dropout_p, B, H, T, S, device=None, first_batch=0):
+    """The keep-mask (B, H, T, S) of attention dropout, and with B = H = 1 that of other matrices (T, S): a pure function of (seed, b, h, i, j), equal on every device.
 
     seed: an int, or a tensor () of int64 as a compiled graph holds it.
 
@@ -130,6 +168,6 @@ def dropout_keep_mask(seed, dropout_p, B, H, T, S, device=None):
         return torch.arange(n, device=device).view([-1 if d == dim else 1 for d in range(4)])
 
     key = torch.full((1, 1, 1, 1), _GOLDEN, dtype=torch.int64, device=device)
-    for word in (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, index(B, 0), index(H, 1), index(T, 2)):
+    for word in (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, index(B, 0) + first_batch, index(H, 1), index(T, 2)):
         key = mix32(key ^ word)
     return mix32((key + index(S, 3) * _GOLDEN) & 0xFFFFFFFF) >= dropout_threshold(dropout_p)

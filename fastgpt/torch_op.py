@@ -10,7 +10,7 @@ from torch.nn import Parameter
 LIBRARY = torch.library.Library("fastgpt", "DEF")
 
 
-def define(schema, launch, fake, *, setup_context=None, backward=None, device="CPU"):
+def define(schema, launch, fake, *, setup_context=None, backward=None):
     """Defines the op `fastgpt::<name>` of `schema` and returns the callable that dispatches as said above.
 
     launch: computes it, on plain tensors. fake: the outputs' shapes. setup_context(ctx, inputs, output) and
@@ -18,7 +18,8 @@ def define(schema, launch, fake, *, setup_context=None, backward=None, device="C
     """
     name = schema[:schema.index("(")]
     LIBRARY.define(schema)
-    LIBRARY.impl(name, launch, device)
+    # For every device: fastgpt.ops has chosen the launcher by then.
+    LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgpt::{name}", fake, lib=LIBRARY)
     if backward is not None:
         torch.library.register_autograd(f"fastgpt::{name}", backward, setup_context=setup_context, lib=LIBRARY)
@@ -26,7 +27,7 @@ def define(schema, launch, fake, *, setup_context=None, backward=None, device="C
     function = _autograd_function(name, launch, setup_context, backward) if backward is not None else None
 
     def call(*args):
-        if torch.compiler.is_compiling() or any(_is_traced(a) for a in args):
+        if torch.compiler.is_compiling() or any(is_traced(a) for a in args):
             return library_op(*args)
         if function is not None and needs_gradient(*args):
             return function.apply(*args)
@@ -36,7 +37,7 @@ def define(schema, launch, fake, *, setup_context=None, backward=None, device="C
     return call
 
 
-def _is_traced(argument):
+def is_traced(argument):
     """A fake, functional or otherwise wrapped tensor: it has no memory that a kernel could read."""
     return isinstance(argument, torch.Tensor) and type(argument) not in (torch.Tensor, Parameter)
 
@@ -56,3 +57,10 @@ def _autograd_function(name, launch, setup_context, backward):
     body = {"forward": staticmethod(forward),
             "backward": staticmethod(torch.autograd.function.once_differentiable(backward))}
     return type(name, (torch.autograd.Function,), body)
+
+
+def seed_tensor(dropout_p, seed):
+    """The seed as an op's argument: None without dropout, else a tensor () of int64, as a compiled graph holds it."""
+    if not dropout_p:
+        return None
+    return torch.tensor(seed, dtype=torch.int64, device="cpu") if isinstance(seed, int) else seed

@@ -1,10 +1,36 @@
-"""Fixtures: every level of the CPU kernels, both dtypes, and outputs that hold NaN until a kernel writes them."""
+"""Fixtures: every implementation of the ops, every dtype, and outputs that hold NaN until a kernel writes them."""
+import contextlib
+import importlib.util
+
 import pytest
 import torch
 
-from fastgpt import extension
+from fastgpt import extension, ops
 
 LEVELS = [name for name in extension.LEVELS if extension._C and extension.level_refusal(name) is None]
+# The Triton kernels run interpreted; "gpu", with pytest -m gpu, is the same kernels on a GPU.
+IMPLEMENTATIONS = [*LEVELS, *(["triton"] if importlib.util.find_spec("triton") else []), "gpu"]
+DTYPES = ["float32", "bfloat16"]
+
+
+def pytest_generate_tests(metafunc):
+    """Tests that ask for an implementation run once on each, those that ask for a dtype once in each that it has."""
+    own = {name for mark in metafunc.definition.iter_markers("parametrize") for name in _names(mark.args[0])}
+    wanted = [name for name in ("implementation", "dtype") if name in metafunc.fixturenames and name not in own]
+    if wanted == ["dtype"]:
+        metafunc.parametrize("dtype", DTYPES, indirect=True)
+    elif wanted:
+        cases = [(name, dtype) for name in IMPLEMENTATIONS for dtype in _dtypes(name)[:None if "dtype" in wanted else 1]]
+        metafunc.parametrize(wanted, [pytest.param(*case[:len(wanted)], marks=[pytest.mark.gpu] if case[0] == "gpu" else [],
+                                                   id="-".join(case[:len(wanted)])) for case in cases], indirect=True)
+
+
+def _names(names):
+    return names.replace(",", " ").split() if isinstance(names, str) else names
+
+
+def _dtypes(implementation):
+    return DTYPES if implementation in LEVELS else [*DTYPES, "float16"]
 
 
 @pytest.fixture(params=LEVELS or ["none"])
@@ -12,14 +38,38 @@ def level(request):
     """Runs a test once on each instruction-set level that this machine has."""
     if not LEVELS:
         pytest.skip(extension.MISSING)
-    extension.use_level(request.param)
-    yield request.param
-    extension.use_level(extension.LEVEL)
+    with _level(request.param):
+        yield request.param
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@contextlib.contextmanager
+def _level(name):
+    extension.use_level(name)
+    try:
+        yield
+    finally:
+        extension.use_level(extension.LEVEL)
+
+
+@pytest.fixture
+def implementation(request):
+    """What answers every op within the test: a level of the C++ kernels, or the Triton kernels."""
+    with contextlib.ExitStack() as stack:
+        if request.param in LEVELS:
+            stack.enter_context(_level(request.param))
+            stack.enter_context(ops.backend("cpp"))
+        elif request.param == "triton":
+            from executors import Interpreter, running
+            stack.enter_context(running(Interpreter()))
+        else:
+            stack.enter_context(torch.device("cuda"))
+            stack.enter_context(ops.backend("triton"))
+        yield request.param
+
+
+@pytest.fixture
 def dtype(request):
-    return request.param
+    return getattr(torch, request.param)
 
 
 @pytest.fixture(autouse=True)

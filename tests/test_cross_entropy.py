@@ -1,5 +1,6 @@
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from numerics import check_compiled, check_op
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt import extension, ops, reference
+from fastgpt.autograd import cross_entropy as shared
 
 MODULE = sys.modules["fastgpt.cpu.cross_entropy"]
 REDUCTIONS = ["mean", "sum", "none"]
@@ -17,8 +19,10 @@ SHAPES = [(1, 1, 1), (3, 7, 5), (2, 5, 16, 33), (150, 24, 129), (5, 0, 7), (0, 8
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of 64 rows or fewer, so that few rows make several."""
-    for products in (MODULE._OurProducts, MODULE._TorchProducts):
-        monkeypatch.setattr(products, "chunk_bytes", 1)
+    for name in ("OUR_PRODUCTS", "TORCH_PRODUCTS"):
+        monkeypatch.setattr(MODULE, name, replace(getattr(MODULE, name), chunk_bytes=1))
+    if "fastgpt.kernels.cross_entropy" in sys.modules:
+        monkeypatch.setattr(sys.modules["fastgpt.kernels.cross_entropy"], "CROSS_ENTROPY_CHUNK", 1)
 
 
 def make_inputs(*rows, K, V, dtype=torch.float32, bias=False):
@@ -44,7 +48,7 @@ def loss_and_gradients(x, weight, bias, targets, gradient=None, **options):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_values_and_gradients(reduction, bias, shape, dtype, level, small_chunks):
+def test_values_and_gradients(reduction, bias, shape, dtype, implementation, small_chunks):
     *rows, K, V = shape
     inputs, targets = make_inputs(*rows, K=K, V=V, dtype=dtype, bias=bias)
     targets.flatten()[:1] = 0
@@ -52,8 +56,16 @@ def test_values_and_gradients(reduction, bias, shape, dtype, level, small_chunks
         assert ops.cross_entropy(inputs["x"], inputs["weight"], targets).isnan()
         return
     ours, truth = both(targets, reduction=reduction)
-    with ops.backend("cpp"):
-        check_op(ours, inputs, truth)
+    check_op(ours, inputs, truth)
+
+
+@pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"z_loss": 1e-2}, {"label_smoothing": 0.9, "z_loss": 1e-4}],
+                         ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_label_smoothing_and_z_loss(reduction, options, dtype, implementation, small_chunks):
+    inputs, targets = make_inputs(70, K=24, V=129, dtype=dtype, bias=True)
+    ours, truth = both(targets, reduction=reduction, **options)
+    check_op(ours, inputs, truth)
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -68,14 +80,14 @@ def test_products_by_torch(reduction, bias, small_chunks, monkeypatch):
 
 @pytest.mark.parametrize("ignored", [-1, 3, 1000])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_ignored_targets(reduction, ignored, level):
+def test_ignored_targets(reduction, ignored, implementation):
     inputs, targets = make_inputs(20, K=8, V=10)
     targets[targets == -100] = ignored
     ours, truth = both(targets, ignore_index=ignored, reduction=reduction)
     check_op(ours, inputs, truth)
 
 
-def test_all_ignored(level):
+def test_all_ignored(implementation):
     inputs, targets = make_inputs(5, K=8, V=10, bias=True)
     targets[:] = -100
     loss, *gradients = loss_and_gradients(*inputs.values(), targets)
@@ -98,14 +110,14 @@ def test_loss_does_not_depend_on_the_chunks(reduction, dtype, level, monkeypatch
     inputs, targets = make_inputs(200, K=24, V=129, dtype=dtype)
     whole = loss_and_gradients(*inputs.values(), targets, torch.tensor(1.0).expand(200 if reduction == "none" else ()),
                                reduction=reduction)
-    monkeypatch.setattr(MODULE._OurProducts, "chunk_bytes", 1)
+    monkeypatch.setattr(MODULE, "OUR_PRODUCTS", replace(MODULE.OUR_PRODUCTS, chunk_bytes=1))
     for rows in (1, 7, 64):
-        monkeypatch.setattr(MODULE, "MIN_ROWS", rows)
+        monkeypatch.setattr(shared, "MIN_ROWS", rows)
         loss, dx, _ = loss_and_gradients(*inputs.values(), targets, torch.ones_like(whole[0]), reduction=reduction)
         assert torch.equal(loss, whole[0]) and torch.equal(dx, whole[1])
 
 
-def test_a_row_does_not_depend_on_the_others(dtype, level):
+def test_a_row_does_not_depend_on_the_others(dtype, implementation):
     inputs, targets = make_inputs(150, K=24, V=129, dtype=dtype)
     x, weight, _ = inputs.values()
     whole = ops.cross_entropy(x, weight, targets, reduction="none")
@@ -183,7 +195,7 @@ def test_no_gradients_in_inference(small_chunks):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_library_ops(bias, dtype):
     inputs, targets = make_inputs(6, K=8, V=10, dtype=dtype, bias=bias)
-    arguments = *(None if t is None else t.requires_grad_() for t in inputs.values()), targets, -100
+    arguments = *(None if t is None else t.requires_grad_() for t in inputs.values()), targets, -100, 0.1, 1e-3
     torch.library.opcheck(torch.ops.fastgpt.cross_entropy.default, (*arguments, True, [True, True, bias]))
     torch.library.opcheck(torch.ops.fastgpt.cross_entropy_rows.default, arguments)
 
@@ -198,7 +210,7 @@ def test_compiled_with_backward(reduction):
     check_compiled(scaled_loss, leaves)
 
 
-def test_autocast(level):
+def test_autocast(implementation):
     inputs, targets = make_inputs(6, K=8, V=10, bias=True)
     half = [t.bfloat16() for t in inputs.values()]
     with torch.autocast("cpu", torch.bfloat16):
@@ -240,7 +252,7 @@ def test_broken_input_is_named(change, error, message):
         ops.cross_entropy(**(arguments | change))
 
 
-def test_one_position_alone(level):
+def test_one_position_alone(implementation):
     x, weight, target = torch.randn(8), torch.randn(3, 8), torch.tensor(1)
     for module in (ops, reference):
         for reduction in ("mean", "none"):

@@ -22,7 +22,7 @@ struct Attention {
   AttentionOptions options;
   int64_t group = shape.H / max(shape.G, 1);  // query heads that share a key head
   int64_t Dp = ceil_div(shape.D, W) * W;
-  uint32_t drop_below = (uint32_t)(options.dropout_p * 4294967296.0);
+  uint32_t drop_below = dropout_threshold(options.dropout_p);
   float keep_scale = (float)(1.0 / (1.0 - options.dropout_p));
 
   // Query i sees the first visible(i) keys, less those that key_mask hides.
@@ -176,26 +176,6 @@ INLINE void transpose_rows(float* to, const T* source, int64_t stride, int64_t r
   }
 }
 
-// The dropout mask of fastgpt.reference.dropout_keep_mask: a pure function of (seed, b, h, i, j).
-template <class U>
-INLINE U mix32(U x) {
-  x = (x ^ (x >> 16)) * 0x7FEB352Du;
-  x = (x ^ (x >> 15)) * 0x846CA68Bu;
-  return x ^ (x >> 16);
-}
-constexpr uint32_t kGolden = 0x9E3779B9u;
-
-INLINE uint32_t dropout_row_key(int64_t seed, int64_t b, int64_t h, int64_t i) {
-  uint32_t key = kGolden;
-  const uint32_t words[] = {(uint32_t)seed, (uint32_t)(seed >> 32), (uint32_t)b, (uint32_t)h, (uint32_t)i};
-  for (uint32_t word : words) key = mix32(key ^ word);
-  return key;
-}
-// Which of the keys j .. j + W - 1 of a row are kept: all bits set, or none.
-INLINE IntVec kept(uint32_t row_key, int64_t j, uint32_t drop_below) {
-  UintVec hash = mix32(((UintVec)lane_index() + (uint32_t)j) * kGolden + row_key);
-  return (IntVec)(hash >= drop_below);
-}
 // Zeroes the dropped ones of a row's first n weights, which are those of the keys from first_key on.
 INLINE void drop(float* weights, int64_t n, uint32_t row_key, int64_t first_key, uint32_t drop_below) {
   for (int64_t j = 0; j < n; j += W)

@@ -32,33 +32,53 @@ INLINE double sum_of_exp(const T* logits, int64_t V, float m) {
   return total;
 }
 
-// Returns the loss; with a scale, the row becomes scale * (softmax - one at the target).
 template <class T>
-float cross_entropy_row(T* logits, int64_t target, const float* scale, int64_t V) {
-  float m = row_max(logits, V), at_target = to_float(logits[target]);
-  double sum = sum_of_exp(logits, V, m);
-  if (scale) {
-    float factor = (float)(*scale / sum);
-    for_columns(V, [&](int64_t j, int lanes) {
-      store_lanes(logits + j, exp_below(load_lanes(logits + j, lanes), m) * factor, lanes);
+INLINE double sum_of(const T* logits, int64_t V) {
+  double total = 0;
+  for (int64_t begin = 0; begin < V; begin += kSumCols) {
+    Vec sum = {};
+    for_columns(min(kSumCols, V - begin), [&](int64_t j, int lanes) {
+      sum = sum + load_lanes(logits + begin + j, lanes);
     });
-    Vec others = exp_below(splat(at_target), m);
-    store(logits + target, splat((float)((others[0] - sum) / sum * *scale)), 1);
+    total += reduce_add(sum);
   }
-  return (float)(log(sum) - (at_target - m));
+  return total;
+}
+
+// Returns the loss; with a scale, the row becomes scale times its gradient: with p the softmax
+// (1 + 2 z_loss lse) p - smoothing / V, less 1 - smoothing at the target.
+template <class T>
+float cross_entropy_row(T* logits, int64_t target, const float* scale, int64_t V, const LossOptions& options) {
+  float m = row_max(logits, V), at_target = to_float(logits[target]);
+  double sum = sum_of_exp(logits, V, m), log_sum = log(sum), lse = m + log_sum;
+  double loss = log_sum - (at_target - m), smoothing = options.smoothing;
+  if (smoothing != 0) loss += smoothing * (at_target - sum_of(logits, V) / V);
+  loss += options.z_loss * lse * lse;
+  if (scale) {
+    double weight = 1 + 2 * options.z_loss * lse, each = smoothing / V;
+    float factor = (float)(*scale * weight / sum), others = (float)(*scale * each);
+    for_columns(V, [&](int64_t j, int lanes) {
+      store_lanes(logits + j, exp_below(load_lanes(logits + j, lanes), m) * factor - others, lanes);
+    });
+    // (p - 1) without its cancellation: p comes in units of 1 / sum
+    double p = exp_below(splat(at_target), m)[0];
+    double slope = (p * weight - sum) / sum + smoothing - each;
+    store(logits + target, splat((float)(slope * *scale)), 1);
+  }
+  return (float)loss;
 }
 
 // An ignored row has no loss and no gradient.
 template <class T>
-void cross_entropy(void* logits, const int64_t* targets, int64_t ignored, const float* scales, float* losses,
-                   double* total, int64_t rows, int64_t V) {
+void cross_entropy(void* logits, const int64_t* targets, const float* scales, bool scale_of_row, float* losses,
+                   int64_t rows, int64_t V, const LossOptions& options) {
   parallel(rows, [=](int64_t i) {
     T* row = (T*)logits + i * V;
-    bool counts = targets[i] != ignored;
-    losses[i] = counts ? cross_entropy_row(row, targets[i], scales ? scales + i : nullptr, V) : 0.0f;
-    if (!counts && scales) memset(row, 0, sizeof(T) * V);
+    const float* scale = scales ? scales + (scale_of_row ? i : 0) : nullptr;
+    bool counts = targets[i] != options.ignored;
+    losses[i] = counts ? cross_entropy_row(row, targets[i], scale, V, options) : 0.0f;
+    if (!counts && scale) memset(row, 0, sizeof(T) * V);
   });
-  for (int64_t i = 0; i < rows; i++) *total += losses[i];
 }
 
 // result: how many targets are not ignored, and the index of the first one outside [0, V), or -1.

@@ -14,6 +14,7 @@
 #include "gelu.inl"
 #include "layer_norm.inl"
 #include "pack.inl"
+#include "dropout.inl"
 #include "attention.inl"
 #include "dots.inl"
 #include "formats.inl"

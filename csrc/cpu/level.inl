@@ -13,6 +13,7 @@
 #include "tile.inl"
 #include "rows.inl"
 #include "gelu.inl"
+#include "dropout.inl"
 #include "layer_norm.inl"
 #include "cross_entropy.inl"
 #include "pack.inl"
@@ -66,13 +67,16 @@ const Kernels table = {
        AttentionShape shape, AttentionOptions options, Heads dq, Heads dk, Heads dv) {
       BY_DTYPE(dtype, attention_backward, {q, k, v, key_mask, shape, options}, {dout, out, lse, dq, dk, dv});
     },
-    [](int dtype, void* logits, const int64_t* targets, int64_t ignored, const float* scales, float* losses,
-       double* total, int64_t rows, int64_t cols) {
-      BY_DTYPE(dtype, cross_entropy, logits, targets, ignored, scales, losses, total, rows, cols);
+    [](int dtype, void* logits, const int64_t* targets, const float* scales, bool scale_of_row, float* losses,
+       int64_t rows, int64_t cols, LossOptions options) {
+      BY_DTYPE(dtype, cross_entropy, logits, targets, scales, scale_of_row, losses, rows, cols, options);
     },
     check_targets,
     [](int dtype, const void* x, float* sums, int64_t rows, int64_t cols) {
       BY_DTYPE(dtype, add_rows, x, sums, rows, cols);
+    },
+    [](int dtype, const void* x, void* out, int64_t rows, int64_t cols, int64_t seed, double dropout_p) {
+      BY_DTYPE(dtype, dropout, x, out, rows, cols, seed, dropout_p);
     },
 };
 

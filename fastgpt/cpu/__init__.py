@@ -1,5 +1,5 @@
 """The C++ kernels for the CPU behind `fastgpt.ops`: one file an op, in the order launchers, op definitions, function."""
-from fastgpt.cpu.attention import attention
+from fastgpt.cpu.attention import attention, packed_attention
 from fastgpt.cpu.cross_entropy import cross_entropy
 from fastgpt.cpu.gelu import bias_gelu, gelu
 from fastgpt.cpu.launch import DTYPES
@@ -9,12 +9,12 @@ from fastgpt.cpu.paged import paged_attention, store_kv
 from fastgpt.extension import MISSING
 
 KERNELS = {"gelu": gelu, "bias_gelu": bias_gelu, "layer_norm": layer_norm, "add_layer_norm": add_layer_norm,
-           "linear": linear, "attention": attention, "cross_entropy": cross_entropy,
+           "linear": linear, "attention": attention, "packed_attention": packed_attention, "cross_entropy": cross_entropy,
            "store_kv": store_kv, "paged_attention": paged_attention}
 MAX_HEAD_SIZE = 256
 
 
-def why_not(op, device, *tensors):
+def why_not(op, device, *tensors, window=None, dropout_p=0.0):
     """Why these kernels can't answer a call, or None. Of attention, q comes first."""
     if MISSING:
         return MISSING
@@ -25,6 +25,10 @@ def why_not(op, device, *tensors):
     for tensor in tensors:
         if tensor.dtype not in DTYPES:
             return f"the C++ kernels take float32 and bfloat16, not {tensor.dtype}"
-    if op == "attention" and tensors and tensors[0].shape[-1] > MAX_HEAD_SIZE:
+    if window is not None:
+        return "the C++ attention has no sliding window"
+    if op == "packed_attention" and dropout_p:
+        return "the C++ attention of packed sequences has no dropout"
+    if op in ("attention", "packed_attention") and tensors and tensors[0].shape[-1] > MAX_HEAD_SIZE:
         return f"the C++ attention takes head sizes up to {MAX_HEAD_SIZE}, not {tensors[0].shape[-1]}"
     return None

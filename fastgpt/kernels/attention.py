@@ -1,0 +1,135 @@
+"""Causal flash attention, forward, for NVIDIA GPUs (Dao 2023, arXiv:2307.08691); attention_backward.py is the other half.
+
+A program owns BLOCK_M queries of one head and walks over the keys in steps of BLOCK_N, with the softmax's maximum and sum
+in registers. The keys that every query sees go through a loop without masks, the diagonal and a window's edge through
+one with them. Programs of one head are neighbours, so that its keys stay in the L2 cache, and the longest rows come
+first, so that no long one is left for the end.
+
+Bytes moved: q and out 2 B H T D e, k and v 2 B G S D e at best (once a head; again for every program when they leave the
+L2 cache), the log-sum-exp 4 B H T. FLOPs: 4 D for each pair of a query and a key that it sees.
+"""
+import triton
+import triton.language as tl
+
+from fastgpt.autograd.attention import define_attention, define_packed_attention, empty_joinable, empty_lse, unit_stride
+from fastgpt.kernels.attention_backward import backward
+from fastgpt.kernels.dropout import dropout_arguments, keep_mask, row_keys
+from fastgpt.kernels.launch import architecture, launch
+from fastgpt.kernels.tiles import (block_d, bytes_of, head_strides, key_ranges, load_keys, load_rows, longest, positive_scale,
+                                   precision, sequence, store_rows, visible)
+from fastgpt.kernels.tuning import attention_config
+
+
+@triton.jit
+def _attend(acc, weight_sum, top, q, K, V, KEY_MASK, k_row, v_row, begin, end, rows, S, shift, window, scale,
+            dropout_keys, threshold, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+            HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
+            PRECISION: tl.constexpr):
+    """Takes in the keys begin .. end - 1, begin a multiple of BLOCK_N. top: the maximum so far of the unscaled scores."""
+    BLOCK_D: tl.constexpr = q.shape[1]
+    for start in tl.range(begin, end, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        k = load_keys(K, KEY_MASK, start, k_row, S, MASKED, HAS_KEY_MASK, D, BLOCK_D, BLOCK_N)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if MASKED:
+            seen = visible(rows[:, None], keys[None, :], S, shift, window, KEY_MASK, CAUSAL, WINDOW, HAS_KEY_MASK)
+            scores = tl.where(seen, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        base = new_top * scale
+        if MASKED:  # a row that has seen no key yet: -inf - -inf would be NaN
+            base = tl.where(new_top == float("-inf"), 0.0, base)
+        weights = tl.exp2(scores * scale - base[:, None])
+        rescale = tl.exp2(top * scale - base)
+        weight_sum = weight_sum * rescale + tl.sum(weights, 1)
+        if DROPOUT:
+            weights = tl.where(keep_mask(dropout_keys[:, None], keys[None, :], threshold), weights, 0.0)
+        v = load_keys(V, KEY_MASK, start, v_row, S, MASKED, HAS_KEY_MASK, D, BLOCK_D, BLOCK_N)
+        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+        top = new_top
+    return acc, weight_sum, top
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold", "window"])
+def attention_forward_kernel(
+        Q, K, V, OUT, LSE, KEY_MASK, Q_STARTS, K_STARTS, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head,
+        v_row, o_batch, o_head, o_row, lse_head, H, T, S, scale, seed_low, seed_high, threshold, keep_scale, window,
+        GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+        PACKED: tl.constexpr, DROPOUT: tl.constexpr, HAS_LSE: tl.constexpr, NEGATIVE: tl.constexpr, D: tl.constexpr,
+        BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
+    """OUT = softmax(Q K^T * scale) V. GROUP query heads share a key head.
+
+    T and S are the lengths, of packed sequences the longest ones'. lse_head: how many rows LSE holds for a head. scale:
+    the scores' times log2(e), without its sign, which is NEGATIVE's. LSE: natural logarithms. window: how many keys a
+    query sees, its own included.
+    """
+    blocks = tl.cdiv(T, BLOCK_M)
+    b, h = tl.program_id(0) // blocks // H, tl.program_id(0) // blocks % H
+    first_row = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
+    q_offset, T = sequence(Q_STARTS, b, q_batch, q_row, T, PACKED)
+    if first_row >= T:
+        return
+    k_offset, _ = sequence(K_STARTS, b, k_batch, k_row, S, PACKED)
+    v_offset, S = sequence(K_STARTS, b, v_batch, v_row, S, PACKED)
+    if HAS_KEY_MASK:
+        KEY_MASK += b.to(tl.int64) * S
+    shift = S - T
+    g = (h // GROUP).to(tl.int64)
+    K += k_offset + g * k_head
+    V += v_offset + g * v_head
+    q = load_rows(Q + q_offset + h.to(tl.int64) * q_head, first_row, q_row, T, True, D, BLOCK_D, BLOCK_M)
+    if NEGATIVE:
+        q = -q
+    rows = first_row + tl.arange(0, BLOCK_M)
+    dropout_keys = row_keys(seed_low, seed_high, b, h, rows) if DROPOUT else rows
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    weight_sum = tl.zeros([BLOCK_M], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    a, inner, outer, end = key_ranges(first_row, S, shift, window, CAUSAL, WINDOW, HAS_KEY_MASK, BLOCK_M, BLOCK_N)
+    if WINDOW:
+        acc, weight_sum, top = _attend(
+            acc, weight_sum, top, q, K, V, KEY_MASK, k_row, v_row, a, inner, rows, S, shift, window, scale, dropout_keys,
+            threshold, True, CAUSAL, WINDOW, HAS_KEY_MASK, DROPOUT, D, BLOCK_N, PRECISION)
+    if not HAS_KEY_MASK:
+        acc, weight_sum, top = _attend(
+            acc, weight_sum, top, q, K, V, KEY_MASK, k_row, v_row, inner, outer, rows, S, shift, window, scale,
+            dropout_keys, threshold, False, CAUSAL, WINDOW, HAS_KEY_MASK, DROPOUT, D, BLOCK_N, PRECISION)
+    acc, weight_sum, top = _attend(
+        acc, weight_sum, top, q, K, V, KEY_MASK, k_row, v_row, outer, end, rows, S, shift, window, scale, dropout_keys,
+        threshold, True, CAUSAL, WINDOW, HAS_KEY_MASK, DROPOUT, D, BLOCK_N, PRECISION)
+
+    # A row that sees no key: its sum is 0, its output 0, its log-sum-exp -inf
+    factor = tl.where(weight_sum > 0, keep_scale, 0.0) / tl.where(weight_sum > 0, weight_sum, 1.0)
+    factor = tl.where(weight_sum == weight_sum, factor, weight_sum)
+    # Only now, so that they hold no registers in the loops
+    o_offset, _ = sequence(Q_STARTS, b, o_batch, o_row, T, PACKED)
+    store_rows(OUT + o_offset + h.to(tl.int64) * o_head, acc * factor[:, None], first_row, o_row, T, D, BLOCK_D, BLOCK_M)
+    if HAS_LSE:
+        lse_offset, _ = sequence(Q_STARTS, b, H.to(tl.int64) * lse_head, 1, T, PACKED)
+        lse = (top * scale + tl.log2(weight_sum)) * 0.6931471805599453
+        lse = tl.where(weight_sum == 0, float("-inf"), lse)
+        tl.store(LSE + lse_offset + h.to(tl.int64) * lse_head + rows, lse, mask=rows < T)
+
+
+def forward(q, k, v, key_mask, seed, causal, scale, dropout_p, window, keep_lse, packing=None):
+    """packing: (starts of the queries, of the keys) for batches of one that hold many sequences."""
+    q, k, v = unit_stride(q, k, v)
+    key_mask = bytes_of(key_mask)
+    out, lse = empty_joinable(q), empty_lse(q, keep_lse)
+    (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
+    rows, starts = T, (None, None)
+    if packing is not None:
+        starts, B = packing, len(packing[0]) - 1
+        T, S = map(longest, starts)
+    block_m, block_n, options = attention_config("forward", architecture(q.device), q.dtype, block_d(D))
+    launch(attention_forward_kernel, B * H * triton.cdiv(T, block_m),
+           (q, k, v, out, lse, key_mask, *starts, *head_strides(q), *head_strides(k), *head_strides(v),
+            *head_strides(out), rows, H, T, S, positive_scale(scale), *dropout_arguments(dropout_p, seed), window),
+           dict(GROUP=H // G, CAUSAL=causal, WINDOW=window > 0, HAS_KEY_MASK=key_mask is not None,
+                PACKED=packing is not None, DROPOUT=dropout_p > 0, HAS_LSE=keep_lse, NEGATIVE=scale < 0, D=D,
+                BLOCK_D=block_d(D), BLOCK_M=block_m, BLOCK_N=block_n, PRECISION=precision(q.dtype)), **options)
+    return out, lse
+
+
+attention = define_attention("triton_", forward, backward)
+packed_attention = define_packed_attention("triton_", forward, backward)

@@ -1,0 +1,117 @@
+"""A language model's head and its loss for NVIDIA GPUs: the logits of a chunk of rows at a time, never all of them
+(Liger Kernel, Hsu et al. 2024, arXiv:2410.10989; Wijmans et al. 2024, arXiv:2411.09009).
+
+The products are cuBLAS's. Between them this kernel reads a row of logits twice and writes its gradient in their place; the
+rows of logits lie at multiples of 128 bytes, whatever the vocabulary, so that every access is 16 bytes wide.
+
+Bytes moved by the kernel, N rows of V logits of e bytes: N V (2 reads + 1 write) e with gradients, N V e without; the
+second read finds what the L2 cache still holds.
+"""
+import torch
+import triton
+import triton.language as tl
+
+from fastgpt.autograd.cross_entropy import Launchers, Products, define_cross_entropy
+from fastgpt.kernels.launch import launch
+from fastgpt.kernels.tuning import CROSS_ENTROPY_BLOCK, CROSS_ENTROPY_CHUNK, CROSS_ENTROPY_WARPS
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def cross_entropy_kernel(LOGITS, TARGETS, SCALE, LOSSES, row_stride, ignore_index, smoothing, z_loss, V: tl.constexpr,
+                         HAS_GRADIENT: tl.constexpr, SCALE_OF_ROW: tl.constexpr, SMOOTHING: tl.constexpr,
+                         Z_LOSS: tl.constexpr, BLOCK: tl.constexpr):
+    """A program takes one row of LOGITS (rows, V). LOSSES: (1 - smoothing) * the cross entropy + smoothing * its mean over
+    all classes + z_loss * lse**2. With HAS_GRADIENT the row becomes SCALE * the loss's gradient; a target outside [0, V)
+    makes it and the loss NaN."""
+    row = tl.program_id(0)
+    target = tl.load(TARGETS + row)
+    logits = LOGITS + row.to(tl.int64) * row_stride
+    columns = tl.arange(0, BLOCK)
+    if target == ignore_index:
+        tl.store(LOSSES + row, 0.0)
+        if HAS_GRADIENT:
+            for start in range(0, V, BLOCK):
+                nothing = tl.zeros([BLOCK], LOGITS.dtype.element_ty)
+                tl.store(logits + start + columns, nothing, mask=start + columns < V)
+        return
+    known = (target >= 0) & (target < V)
+    at_target = tl.load(logits + target, mask=known, other=float("nan")).to(tl.float32)
+    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    weight_sum = tl.zeros([BLOCK], tl.float32)
+    logit_sum = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, V, BLOCK):
+        inside = start + columns < V
+        x = tl.load(logits + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
+        if SMOOTHING:
+            logit_sum += tl.where(inside, x, 0.0)
+        new_top = tl.maximum(top, x)
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weight_sum = weight_sum * tl.exp2((top - base) * LOG2E) + tl.exp2((x - base) * LOG2E)
+        top = new_top
+    most = tl.max(top, 0)
+    weight_sum = tl.sum(weight_sum * tl.exp2((top - most) * LOG2E), 0)
+    log_sum = tl.log2(weight_sum) * 0.6931471805599453
+    lse = most + log_sum
+    loss = log_sum - (at_target - most)
+    if SMOOTHING:
+        loss += smoothing * (at_target - tl.sum(logit_sum, 0) / V)
+    if Z_LOSS:
+        loss += z_loss * lse * lse
+    tl.store(LOSSES + row, loss)
+    if HAS_GRADIENT:
+        scale = tl.load(SCALE + row) if SCALE_OF_ROW else tl.load(SCALE)
+        scale = tl.where(known, scale, float("nan"))
+        factor = (scale * (1 + 2 * z_loss * lse) if Z_LOSS else scale) / weight_sum
+        others = scale * smoothing / V if SMOOTHING else 0.0
+        chosen = scale * (1 - smoothing) if SMOOTHING else scale
+        for start in range(0, V, BLOCK):
+            inside = start + columns < V
+            x = tl.load(logits + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
+            gradient = factor * tl.exp2((x - most) * LOG2E)
+            if SMOOTHING:
+                gradient -= others
+            gradient = tl.where(start + columns == target, gradient - chosen, gradient)
+            tl.store(logits + start + columns, gradient.to(LOGITS.dtype.element_ty), mask=inside)
+
+
+def _losses(logits, targets, scale, out, options):
+    ignore_index, smoothing, z_loss = options
+    rows, V = logits.shape
+    launch(cross_entropy_kernel, rows,
+           (logits, targets.contiguous(), scale, out, logits.stride(0), ignore_index, smoothing, z_loss),
+           dict(V=V, HAS_GRADIENT=scale is not None, SCALE_OF_ROW=scale is not None and len(scale) > 1,
+                SMOOTHING=smoothing > 0, Z_LOSS=z_loss > 0,
+                BLOCK=min(CROSS_ENTROPY_BLOCK, triton.next_power_of_2(V))), num_warps=CROSS_ENTROPY_WARPS)
+
+
+def _multiply(a, b, out, *, accumulate=False, bias=None):
+    if accumulate:
+        _accumulate(a, b, out)
+    elif out.dtype != a.dtype:
+        _accumulate(a, b, out.zero_())
+    elif bias is not None:
+        torch.addmm(bias, a, b, out=out)
+    else:
+        torch.mm(a, b, out=out)
+    return out
+
+
+def _accumulate(a, b, out):
+    if a.is_cuda and a.dtype != torch.float32:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)  # cuBLAS adds to float32 as it goes
+    else:
+        out += torch.mm(a, b)
+
+
+def _row_stride(V):
+    """A multiple of 64: 128 bytes of a 16-bit dtype."""
+    return triton.cdiv(V, 64) * 64
+
+
+cross_entropy = define_cross_entropy("triton_", Launchers(
+    products=lambda dtype: Products(dtype, CROSS_ENTROPY_CHUNK, _multiply), row_stride=_row_stride,
+    count=lambda targets, V, ignore_index: (targets != ignore_index).sum(), losses=_losses,
+    add_rows=lambda x, sums: sums.add_(x.sum(0, dtype=torch.float32)),
+    multiply_gradient=lambda gradient, dloss: gradient * dloss.to(gradient.dtype)))

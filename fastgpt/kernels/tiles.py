@@ -1,0 +1,149 @@
+"""What the attention kernels share: a head's place in memory, tiles of rows, which keys a query sees."""
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def sequence(STARTS, b, batch_stride, row_stride, length, PACKED: tl.constexpr):
+    """(offset of sequence b's first row, its length). PACKED: its rows lie behind the other sequences', from STARTS[b] on."""
+    if PACKED:
+        first = tl.load(STARTS + b)
+        return tl.cast(first, tl.int64) * row_stride, tl.load(STARTS + b + 1) - first
+    else:
+        return b.to(tl.int64) * batch_stride, length
+
+
+@triton.jit
+def load_rows(X, first, row_stride, length, CHECKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+              BLOCK: tl.constexpr):
+    """(BLOCK, BLOCK_D) of the rows from `first` on; zeros beyond `length` rows (if CHECKED) and beyond D."""
+    i, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    at = X + tl.cast(first, tl.int64) * row_stride + i[:, None] * row_stride + d[None, :]
+    if CHECKED and D < BLOCK_D:
+        return tl.load(at, mask=(first + i < length)[:, None] & (d < D)[None, :], other=0.0)
+    elif CHECKED:
+        return tl.load(at, mask=(first + i < length)[:, None], other=0.0)
+    elif D < BLOCK_D:
+        return tl.load(at, mask=(d < D)[None, :], other=0.0)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
+def load_keys(X, KEY_MASK, first, row_stride, length, CHECKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+              D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+    """`load_rows` of keys or values, those that KEY_MASK hides as zeros: their numbers may be NaN, and 0 * NaN is NaN."""
+    if HAS_KEY_MASK:
+        i, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+        shown = tl.load(KEY_MASK + first + i, mask=first + i < length, other=0) != 0
+        at = X + tl.cast(first, tl.int64) * row_stride + i[:, None] * row_stride + d[None, :]
+        return tl.load(at, mask=shown[:, None] & (d < D)[None, :], other=0.0)
+    else:
+        return load_rows(X, first, row_stride, length, CHECKED, D, BLOCK_D, BLOCK)
+
+
+@triton.jit
+def store_rows(X, values, first, row_stride, length, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+    """The inverse of `load_rows`, rounding to X's dtype."""
+    i, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    at = X + tl.cast(first, tl.int64) * row_stride + i[:, None] * row_stride + d[None, :]
+    tl.store(at, values.to(X.dtype.element_ty), mask=(first + i < length)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def visible(rows, keys, S, shift, window, KEY_MASK, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+            HAS_KEY_MASK: tl.constexpr):
+    """Which keys the rows see; rows and keys are blocks of int32 that broadcast against each other.
+
+    Row i sees the keys up to i + shift, of those the last `window`, and only those below S that KEY_MASK shows.
+    """
+    seen = keys < S
+    if CAUSAL:
+        seen = seen & (keys <= rows + shift)
+    if WINDOW:
+        seen = seen & (keys > rows + shift - window)
+    if HAS_KEY_MASK:
+        seen = seen & (tl.load(KEY_MASK + keys, mask=keys < S, other=0) != 0)
+    return seen
+
+
+@triton.jit
+def key_ranges(first_row, S, shift, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ALL_MASKED: tl.constexpr,
+               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Multiples a <= b <= c of BLOCK_N and an end: of the keys that the rows from first_row on see, a..b and c..end need
+    masks, and every row sees all of b..c."""
+    end, c = S, S // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        end = tl.maximum(tl.minimum(S, first_row + BLOCK_M + shift), 0)
+        c = tl.maximum(tl.minimum(S, first_row + shift + 1), 0) // BLOCK_N * BLOCK_N
+    a = 0
+    b = 0
+    if WINDOW:
+        a = tl.minimum(tl.maximum(first_row + shift - window + 1, 0), end) // BLOCK_N * BLOCK_N
+        b = tl.cdiv(tl.maximum(first_row + BLOCK_M + shift - window, 0), BLOCK_N) * BLOCK_N
+        b = tl.maximum(tl.minimum(b, tl.cdiv(end, BLOCK_N) * BLOCK_N), a)
+        c = tl.maximum(b, c)
+    if ALL_MASKED:
+        b = a
+        c = a
+    return a, b, c, end
+
+
+@triton.jit
+def row_ranges(first_key, T, S, shift, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ALL_MASKED: tl.constexpr,
+               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Multiples a <= b <= c of BLOCK_M and an end: of the rows that see the keys from first_key on, a..b and c..end need
+    masks, and all of b..c see every key. Keys beyond S need none: what they give is not stored."""
+    a, b, c, end = 0, 0, tl.cdiv(T, BLOCK_M) * BLOCK_M, T
+    if CAUSAL:
+        a = tl.minimum(tl.maximum(first_key - shift, 0), T) // BLOCK_M * BLOCK_M
+        b = tl.cdiv(tl.maximum(first_key + BLOCK_N - 1 - shift, 0), BLOCK_M) * BLOCK_M
+        b = tl.minimum(b, c)
+    if WINDOW:
+        end = tl.minimum(T, tl.maximum(first_key + BLOCK_N - 1 - shift + window, 0))
+        c = tl.maximum(tl.minimum(T, first_key - shift + window), 0) // BLOCK_M * BLOCK_M
+        b = tl.minimum(b, tl.cdiv(end, BLOCK_M) * BLOCK_M)
+        c = tl.maximum(b, c)
+    if ALL_MASKED and not WINDOW:
+        b = end
+        c = end
+    elif ALL_MASKED:
+        c = b
+    return a, b, c, end
+
+
+def head_strides(x):
+    """(batch, head, row): of a tensor (B, H, T, D) whose last stride is 1."""
+    return x.stride()[:3]
+
+
+def longest(starts):
+    """The rows of the longest packed sequence; waits for the GPU to know."""
+    return max(starts.diff().tolist(), default=0)
+
+
+def bytes_of(mask):
+    """A contiguous bool tensor as bytes; None stays None."""
+    return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
+def block_d(D):
+    """A tile's width for heads of D: a power of two, at least what tensor cores multiply."""
+    return max(16, triton.next_power_of_2(D))
+
+
+def precision(dtype):
+    """How products of float32 are made: three in TF32 for each, as exact as float32's own and twice as fast (plain FMAs would
+    spill hundreds of registers here), or one where the user lets PyTorch do so. Others have no choice."""
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def positive_scale(scale):
+    """The scale for exponents of 2, without its sign, which goes into q or k: a maximum of unscaled scores is then one of
+    the scaled as well. Not quite 0, for which a hidden score would be NaN."""
+    return max(abs(scale), 1e-30) * LOG2E

@@ -1,0 +1,63 @@
+"""The configurations of all kernels: chosen offline (benchmarks/tune.py), by time on a GPU, by the issue model without one.
+
+There is no tuning at run time: the first call of a shape would take seconds, and two runs could differ in their bits.
+"""
+import triton
+
+
+def norm_forward_config(C):
+    """(rows of a program, options). One warp holds up to 1024 columns: 32 elements a thread, four 16-byte loads in
+    flight of each tensor, and sums that never leave the warp."""
+    block = triton.next_power_of_2(C)
+    return max(1, 1024 // block), {"num_warps": min(16, max(1, block // 1024))}
+
+
+def norm_backward_config(C):
+    """(rows of a program's step, programs per multiprocessor, options)."""
+    block = triton.next_power_of_2(C)
+    return max(1, 1024 // block), 8, {"num_warps": min(16, max(1, block // 256))}
+
+
+GELU_BLOCK = 2048  # elements of a program's step: two 16-byte loads a thread of each tensor in bfloat16
+GELU_WARPS = 4
+GELU_PROGRAMS = 8  # per multiprocessor, when the sum for dbias is wanted
+
+
+# Attention, 16-bit types: (kernel, architecture) -> {width of a head's tile: (BLOCK_M, BLOCK_N, num_warps, num_stages)}.
+# Chosen by predicted efficiency among the configurations without spilled registers (docs/gpu.md has the figures).
+# sm_80, forward: 128 queries, so that a key tile read from shared memory serves twice as many rows; two stages, since a
+#   third costs the registers that keep two blocks on a processor. From 128 on that takes 8 warps.
+# sm_90, forward: 64 queries a warp group, the least that wgmma takes: at 128 registers four blocks fit, and one block's
+#   softmax hides behind another's products. 256: half the keys, or k and v would not fit twice into shared memory.
+# Backward: dk and dv are two accumulators, so that their tiles are the smaller ones. sm_90's dq at 128: 32 keys leave room
+#   for three stages.
+# sm_100 takes sm_90's: its tensor memory holds the accumulators, which leaves all of these room.
+ATTENTION = {
+    ("forward", 80): {16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (128, 64, 8, 3), 256: (64, 64, 8, 1)},
+    ("forward", 90): {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 32, 4, 2)},
+    ("dq", 80): {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (32, 32, 4, 1)},
+    ("dq", 90): {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 32, 4, 3), 256: (64, 32, 8, 2)},
+    ("dk_dv", 80): {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 8, 3), 256: (32, 32, 8, 2)},
+    ("dk_dv", 90): {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (32, 128, 8, 3), 256: (16, 32, 4, 1)},
+}
+# float32: three TF32 products for each, whose parts fill the registers, so that tiles are small. Above 128 some spill.
+ATTENTION_FLOAT32 = {
+    ("forward", 80): {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
+    ("forward", 90): {64: (64, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
+    ("dq", 80): {64: (32, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 8, 1)},
+    ("dq", 90): {64: (64, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 8, 1)},
+    ("dk_dv", 80): {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
+    ("dk_dv", 90): {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
+}
+
+
+def attention_config(kernel, arch, dtype, width):
+    """(BLOCK_M, BLOCK_N, options) of "forward", "dq" or "dk_dv" for heads whose tiles are `width` wide."""
+    table = ATTENTION_FLOAT32 if dtype.itemsize == 4 else ATTENTION
+    widths = table[kernel, min(arch, 90)]
+    block_m, block_n, num_warps, num_stages = widths[min(w for w in widths if w >= width)]
+    return block_m, block_n, {"num_warps": num_warps, "num_stages": num_stages}
+
+
+CROSS_ENTROPY_BLOCK, CROSS_ENTROPY_WARPS = 4096, 8  # 16 elements a thread: two 16-byte loads of a 16-bit dtype
+CROSS_ENTROPY_CHUNK = 256e6  # bytes of logits: 2,500 rows of GPT-2's, enough for the products to be at their peak
