@@ -4,8 +4,8 @@ The chunk's logits become their own gradient in place and go at once into the pr
 backward has nothing left to do but multiply by the gradient that comes in. Only where each row has a gradient of its
 own (reduction="none") does backward compute the chunks again.
 """
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 

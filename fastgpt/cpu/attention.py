@@ -1,6 +1,5 @@
 """Attention: launchers of csrc/cpu/attention.inl and attention_backward.inl."""
-from fastgpt.autograd.attention import (define_attention, define_packed_attention, empty_joinable, empty_lse,
-                                        unit_stride)
+from fastgpt.autograd.attention import define_attention, define_packed_attention, empty_joinable, empty_lse, unit_stride
 from fastgpt.cpu.launch import DTYPES, dense, pointer
 from fastgpt.extension import _C
 

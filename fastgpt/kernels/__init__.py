@@ -11,6 +11,7 @@ MAX_HEAD_SIZE = 256
 MAX_COLUMNS = 65536  # of a row that a norm holds in registers
 MIN_CAPABILITY = (8, 0)
 KERNELS = {}  # op -> function, once `load` has run
+MODULES = []  # those with kernels, likewise
 devices = ["cuda"]
 
 
@@ -30,7 +31,8 @@ MISSING = _missing()
 
 def load():
     """Imports the kernels, and with them triton."""
-    from fastgpt.kernels import attention, cross_entropy, gelu, layer_norm, linear
+    from fastgpt.kernels import attention, attention_backward, cross_entropy, gelu, layer_norm, linear, reduce
+    MODULES[:] = [attention, attention_backward, cross_entropy, gelu, layer_norm, reduce]
     KERNELS.update(layer_norm=layer_norm.layer_norm, add_layer_norm=layer_norm.add_layer_norm, gelu=gelu.gelu,
                    bias_gelu=gelu.bias_gelu, linear=linear.linear, attention=attention.attention,
                    packed_attention=attention.packed_attention, cross_entropy=cross_entropy.cross_entropy)

@@ -5,9 +5,11 @@ in registers. The keys that every query sees go through a loop without masks, th
 one with them. Programs of one head are neighbours, so that its keys stay in the L2 cache, and the longest rows come
 first, so that no long one is left for the end.
 
-Bytes moved: q and out 2 B H T D e, k and v 2 B G S D e at best (once a head; again for every program when they leave the
-L2 cache), the log-sum-exp 4 B H T. FLOPs: 4 D for each pair of a query and a key that it sees.
+BYTES counts each tensor once: k and v are read again by every program of a head, but found in the L2 cache.
 """
+from functools import partial
+
+import torch
 import triton
 import triton.language as tl
 
@@ -15,8 +17,21 @@ from fastgpt.autograd.attention import define_attention, define_packed_attention
 from fastgpt.kernels.attention_backward import backward
 from fastgpt.kernels.dropout import dropout_arguments, keep_mask, row_keys
 from fastgpt.kernels.launch import architecture, launch
-from fastgpt.kernels.tiles import (block_d, bytes_of, head_strides, key_ranges, load_keys, load_rows, longest, positive_scale,
-                                   precision, sequence, store_rows, visible)
+from fastgpt.kernels.spec import Spec
+from fastgpt.kernels.tiles import (
+    block_d,
+    bytes_of,
+    head_strides,
+    key_ranges,
+    load_keys,
+    load_rows,
+    longest,
+    positive_scale,
+    precision,
+    sequence,
+    store_rows,
+    visible,
+)
 from fastgpt.kernels.tuning import attention_config
 
 
@@ -99,15 +114,15 @@ def attention_forward_kernel(
         threshold, True, CAUSAL, WINDOW, HAS_KEY_MASK, DROPOUT, D, BLOCK_N, PRECISION)
 
     # A row that sees no key: its sum is 0, its output 0, its log-sum-exp -inf
-    factor = tl.where(weight_sum > 0, keep_scale, 0.0) / tl.where(weight_sum > 0, weight_sum, 1.0)
-    factor = tl.where(weight_sum == weight_sum, factor, weight_sum)
+    empty = weight_sum == 0
+    factor = tl.where(empty, 0.0, keep_scale) / tl.where(empty, 1.0, weight_sum)
     # Only now, so that they hold no registers in the loops
     o_offset, _ = sequence(Q_STARTS, b, o_batch, o_row, T, PACKED)
     store_rows(OUT + o_offset + h.to(tl.int64) * o_head, acc * factor[:, None], first_row, o_row, T, D, BLOCK_D, BLOCK_M)
     if HAS_LSE:
         lse_offset, _ = sequence(Q_STARTS, b, H.to(tl.int64) * lse_head, 1, T, PACKED)
         lse = (top * scale + tl.log2(weight_sum)) * 0.6931471805599453
-        lse = tl.where(weight_sum == 0, float("-inf"), lse)
+        lse = tl.where(empty, float("-inf"), lse)
         tl.store(LSE + lse_offset + h.to(tl.int64) * lse_head + rows, lse, mask=rows < T)
 
 
@@ -125,11 +140,46 @@ def forward(q, k, v, key_mask, seed, causal, scale, dropout_p, window, keep_lse,
     launch(attention_forward_kernel, B * H * triton.cdiv(T, block_m),
            (q, k, v, out, lse, key_mask, *starts, *head_strides(q), *head_strides(k), *head_strides(v),
             *head_strides(out), rows, H, T, S, positive_scale(scale), *dropout_arguments(dropout_p, seed), window),
-           dict(GROUP=H // G, CAUSAL=causal, WINDOW=window > 0, HAS_KEY_MASK=key_mask is not None,
-                PACKED=packing is not None, DROPOUT=dropout_p > 0, HAS_LSE=keep_lse, NEGATIVE=scale < 0, D=D,
-                BLOCK_D=block_d(D), BLOCK_M=block_m, BLOCK_N=block_n, PRECISION=precision(q.dtype)), **options)
+           {"GROUP": H // G, "CAUSAL": causal, "WINDOW": window > 0, "HAS_KEY_MASK": key_mask is not None,
+                "PACKED": packing is not None, "DROPOUT": dropout_p > 0, "HAS_LSE": keep_lse, "NEGATIVE": scale < 0, "D": D,
+                "BLOCK_D": block_d(D), "BLOCK_M": block_m, "BLOCK_N": block_n, "PRECISION": precision(q.dtype)}, **options)
     return out, lse
 
 
 attention = define_attention("triton_", forward, backward)
 packed_attention = define_packed_attention("triton_", forward, backward)
+
+FLOPS = {"attention_forward_kernel": "4 * BLOCK_M * BLOCK_N * D"}  # of one step over the keys
+BYTES = {"attention_forward_kernel": "2 * B * (H * T + G * S) * D * e + 4 * B * H * T"}
+
+
+def _inputs(dtype, device, gpt2, heads=(4, 2), lengths=(70, 133), D=24, mask=False):
+    """q, k and v, for GPT-2 as views of one tensor. With a mask batch 0's first keys are hidden, and from its first rows all."""
+    if gpt2:
+        D = max(D, 64)
+        qkv = torch.empty(8, 1024, 3 * 12 * D, dtype=dtype, device=device)
+        return dict(zip("qkv", (x.view(8, 1024, 12, D).transpose(1, 2) for x in qkv.chunk(3, dim=2)))), {}
+    q, k, v = (torch.randn(2, h, n, D, dtype=dtype, device=device)
+               for h, n in ((heads[0], lengths[0]), (heads[1], lengths[1]), (heads[1], lengths[1])))
+    key_mask = torch.rand(2, lengths[1], device=device) > 0.3
+    key_mask[0, :lengths[1] // 4] = False
+    return {"q": q, "k": k, "v": v}, {"key_mask": key_mask} if mask else {}
+
+
+def _packed_inputs(dtype, device, gpt2):
+    lengths, heads, D = ([1024] * 8, (12, 12), 64) if gpt2 else ([0, 70, 1, 79], (4, 2), 24)
+    starts = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    N = sum(lengths)
+    q, k, v = (torch.randn(N, h, D, dtype=dtype, device=device) for h in (heads[0], heads[1], heads[1]))
+    return {"q": q, "k": k, "v": v}, {"q_starts": starts, "k_starts": starts}
+
+
+SPECS = [
+    Spec("attention", "attention", partial(_inputs, heads=(2, 2), lengths=(130, 130), D=64)),
+    Spec("attention D=128", "attention", partial(_inputs, heads=(2, 1), lengths=(33, 97), D=128)),
+    Spec("attention, GQA", "attention", _inputs),
+    Spec("attention, key mask", "attention", partial(_inputs, mask=True), {"causal": False}),
+    Spec("attention, dropout", "attention", partial(_inputs, D=80), {"dropout_p": 0.2, "seed": 2 ** 40 + 5}),
+    Spec("attention, window", "attention", _inputs, {"window": 40}),
+    Spec("packed_attention", "packed_attention", _packed_inputs),
+]

@@ -4,8 +4,7 @@ The first owns queries and gives dq, and the row sums of out * dout that the sec
 the queries of all heads that share them, and gives dk and dv. No sum goes through an atomic addition, so that the bits
 are the same in every run; the price is that the scores are made twice, 7 products instead of 5.
 
-Bytes moved, at best: dq reads q, out, dout, k, v and writes dq; dk, dv read q, dout, k, v and write dk, dv. FLOPs for each
-pair of a query and a key that it sees: 6 D and 8 D.
+BYTES counts each tensor once, as in attention.py.
 """
 import torch
 import triton
@@ -14,8 +13,21 @@ import triton.language as tl
 from fastgpt.autograd.attention import empty_joinable, unit_stride
 from fastgpt.kernels.dropout import dropout_arguments, keep_mask, row_keys
 from fastgpt.kernels.launch import architecture, dense, launch
-from fastgpt.kernels.tiles import (block_d, bytes_of, head_strides, key_ranges, load_keys, load_rows, longest, positive_scale,
-                                   precision, row_ranges, sequence, store_rows, visible)
+from fastgpt.kernels.tiles import (
+    block_d,
+    bytes_of,
+    head_strides,
+    key_ranges,
+    load_keys,
+    load_rows,
+    longest,
+    positive_scale,
+    precision,
+    row_ranges,
+    sequence,
+    store_rows,
+    visible,
+)
 from fastgpt.kernels.tuning import attention_config
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -221,9 +233,9 @@ def backward(dout, q, k, v, out, lse, key_mask, seed, causal, scale, dropout_p, 
         T, S = map(longest, starts)
     arch, width = architecture(q.device), block_d(D)
     numbers = (rows, H, T, S, positive_scale(scale), float(scale), *dropout_arguments(dropout_p, seed), window)
-    constants = dict(GROUP=H // G, CAUSAL=causal, WINDOW=window > 0, HAS_KEY_MASK=key_mask is not None,
-                     PACKED=packing is not None, DROPOUT=dropout_p > 0, NEGATIVE=scale < 0, D=D, BLOCK_D=width,
-                     PRECISION=precision(q.dtype))
+    constants = {"GROUP": H // G, "CAUSAL": causal, "WINDOW": window > 0, "HAS_KEY_MASK": key_mask is not None,
+                     "PACKED": packing is not None, "DROPOUT": dropout_p > 0, "NEGATIVE": scale < 0, "D": D, "BLOCK_D": width,
+                     "PRECISION": precision(q.dtype)}
     inputs = (*head_strides(q), *head_strides(k), *head_strides(v))
     block_m, block_n, options = attention_config("dq", arch, q.dtype, width)
     launch(attention_dq_kernel, B * H * triton.cdiv(T, block_m),
@@ -234,3 +246,8 @@ def backward(dout, q, k, v, out, lse, key_mask, seed, causal, scale, dropout_p, 
            (q, k, v, dout, lse, delta, dk, dv, key_mask, *starts, *inputs, *head_strides(dout), *head_strides(dk),
             *head_strides(dv), *numbers), dict(constants, BLOCK_M=block_m, BLOCK_N=block_n, LOOP=H > G or arch > 80), **options)
     return dq, dk, dv
+
+
+FLOPS = {"attention_dq_kernel": "6 * BLOCK_M * BLOCK_N * D", "attention_dk_dv_kernel": "8 * BLOCK_M * BLOCK_N * D"}
+BYTES = {"attention_dq_kernel": "B * (4 * H * T + 2 * G * S) * D * e + 8 * B * H * T",
+         "attention_dk_dv_kernel": "B * (2 * H * T + 4 * G * S) * D * e + 8 * B * H * T"}

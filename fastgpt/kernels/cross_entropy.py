@@ -4,8 +4,7 @@
 The products are cuBLAS's. Between them this kernel reads a row of logits twice and writes its gradient in their place; the
 rows of logits lie at multiples of 128 bytes, whatever the vocabulary, so that every access is 16 bytes wide.
 
-Bytes moved by the kernel, N rows of V logits of e bytes: N V (2 reads + 1 write) e with gradients, N V e without; the
-second read finds what the L2 cache still holds.
+BYTES counts the row's second reading, though the L2 cache may still hold it.
 """
 import torch
 import triton
@@ -13,6 +12,7 @@ import triton.language as tl
 
 from fastgpt.autograd.cross_entropy import Launchers, Products, define_cross_entropy
 from fastgpt.kernels.launch import launch
+from fastgpt.kernels.spec import Spec
 from fastgpt.kernels.tuning import CROSS_ENTROPY_BLOCK, CROSS_ENTROPY_CHUNK, CROSS_ENTROPY_WARPS
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -81,9 +81,9 @@ def _losses(logits, targets, scale, out, options):
     rows, V = logits.shape
     launch(cross_entropy_kernel, rows,
            (logits, targets.contiguous(), scale, out, logits.stride(0), ignore_index, smoothing, z_loss),
-           dict(V=V, HAS_GRADIENT=scale is not None, SCALE_OF_ROW=scale is not None and len(scale) > 1,
-                SMOOTHING=smoothing > 0, Z_LOSS=z_loss > 0,
-                BLOCK=min(CROSS_ENTROPY_BLOCK, triton.next_power_of_2(V))), num_warps=CROSS_ENTROPY_WARPS)
+           {"V": V, "HAS_GRADIENT": scale is not None, "SCALE_OF_ROW": scale is not None and len(scale) > 1,
+                "SMOOTHING": smoothing > 0, "Z_LOSS": z_loss > 0,
+                "BLOCK": min(CROSS_ENTROPY_BLOCK, triton.next_power_of_2(V))}, num_warps=CROSS_ENTROPY_WARPS)
 
 
 def _multiply(a, b, out, *, accumulate=False, bias=None):
@@ -115,3 +115,20 @@ cross_entropy = define_cross_entropy("triton_", Launchers(
     count=lambda targets, V, ignore_index: (targets != ignore_index).sum(), losses=_losses,
     add_rows=lambda x, sums: sums.add_(x.sum(0, dtype=torch.float32)),
     multiply_gradient=lambda gradient, dloss: gradient * dloss.to(gradient.dtype)))
+
+BYTES = {"cross_entropy_kernel": "(1 + 2 * HAS_GRADIENT) * rows * V * e"}
+
+
+def _inputs(dtype, device, gpt2):
+    N, K, V = (8192, 768, 50257) if gpt2 else (70, 24, 1003)
+    targets = torch.randint(V, (N,), device=device)
+    targets[::9] = -100
+    return {"x": torch.randn(N, K, dtype=dtype, device=device), "weight": torch.randn(V, K, dtype=dtype, device=device)}, {
+        "targets": targets}
+
+
+SPECS = [
+    Spec("cross_entropy", "cross_entropy", _inputs),
+    Spec("cross_entropy, smoothed", "cross_entropy", _inputs, {"label_smoothing": 0.1, "z_loss": 1e-3}),
+    Spec("cross_entropy of rows", "cross_entropy", _inputs, {"reduction": "none"}),
+]

@@ -2,9 +2,9 @@
 
 Backward computes the derivative from x again: keeping it would cost a write and a read of the whole tensor. The tanh form
 is x * sigmoid(2 u), the same function with one exponential and no cancellation.
-
-Bytes moved, n elements of e bytes: forward n (1 read + 1 write) e, backward n (2 + 1) e.
 """
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +12,7 @@ import triton.language as tl
 from fastgpt.autograd.gelu import define_gelu
 from fastgpt.kernels.launch import dense, launch, processors, rows_of
 from fastgpt.kernels.reduce import sum_rows
+from fastgpt.kernels.spec import Spec
 from fastgpt.kernels.tuning import GELU_BLOCK, GELU_PROGRAMS, GELU_WARPS
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -97,8 +98,8 @@ def _forward(x, bias, tanh):
     y = torch.empty_like(x)
     rows, columns, block_rows, block_columns = _matrix(x, bias is not None)
     launch(gelu_forward_kernel, triton.cdiv(rows, block_rows) * triton.cdiv(columns, block_columns),
-           (x, bias, y, rows, columns), dict(HAS_BIAS=bias is not None, TANH=tanh, BLOCK_ROWS=block_rows,
-                                             BLOCK_COLUMNS=block_columns), num_warps=GELU_WARPS)
+           (x, bias, y, rows, columns), {"HAS_BIAS": bias is not None, "TANH": tanh, "BLOCK_ROWS": block_rows,
+                                             "BLOCK_COLUMNS": block_columns}, num_warps=GELU_WARPS)
     return y
 
 
@@ -112,9 +113,24 @@ def _backward(dy, x, bias, tanh, wants_dbias):
         groups = min(groups, triton.cdiv(GELU_PROGRAMS * processors(x.device), max(blocks, 1)))
     partial = torch.empty((groups, columns) if wants_dbias else 0, dtype=torch.float32, device=x.device)
     launch(gelu_backward_kernel, groups * blocks, (dy, x, bias, dx, partial, rows, columns),
-           dict(HAS_BIAS=bias is not None, TANH=tanh, HAS_DBIAS=wants_dbias, BLOCK_ROWS=block_rows,
-                BLOCK_COLUMNS=block_columns), num_warps=GELU_WARPS)
+           {"HAS_BIAS": bias is not None, "TANH": tanh, "HAS_DBIAS": wants_dbias, "BLOCK_ROWS": block_rows,
+                "BLOCK_COLUMNS": block_columns}, num_warps=GELU_WARPS)
     return dx, (sum_rows(partial) if wants_dbias else partial).to(x.dtype)
 
 
 gelu, bias_gelu = define_gelu("triton_", _forward, _backward)
+
+BYTES = {"gelu_forward_kernel": "2 * rows * columns * e", "gelu_backward_kernel": "3 * rows * columns * e"}
+
+
+def _inputs(dtype, device, gpt2, shape=(37, 300), bias=True):
+    rows, columns = (8192, 3072) if gpt2 else shape
+    tensors = {"x": torch.randn(rows, columns, dtype=dtype, device=device)}
+    return {**tensors, "bias": torch.randn(columns, dtype=dtype, device=device)} if bias else tensors, {}
+
+
+SPECS = [
+    Spec("bias_gelu, tanh", "bias_gelu", _inputs, {"approximate": "tanh"}),
+    Spec("bias_gelu", "bias_gelu", _inputs),
+    Spec("gelu, tanh", "gelu", partial(_inputs, bias=False), {"approximate": "tanh"}),
+]

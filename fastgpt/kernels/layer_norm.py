@@ -4,11 +4,9 @@ A row is read once, stays in registers, and gets its mean and then its variance 
 exact for rows whose mean is large. A row of up to 1024 columns belongs to one warp, so its sums need no shared memory and no barrier.
 Backward keeps a fixed number of programs, each walking over its share of the rows with the sums of dweight and dbias in
 registers: the partial sums that go through memory do not grow with the rows, and one order of addition is kept.
-
-Bytes moved, N rows of C elements of e bytes (the floor: every tensor once; statistics and partial sums are below 1 %):
-  layer_norm       forward  N C (1 read + 1 write) e       backward  N C (2 + 1) e
-  add_layer_norm   forward  N C (2 + 2) e                  backward  N C (3 + 1) e, with dropout (3 + 2) e
 """
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +15,7 @@ from fastgpt.autograd.layer_norm import define_layer_norm
 from fastgpt.kernels.dropout import dropout_arguments, keep_mask, row_keys
 from fastgpt.kernels.launch import dense, launch, processors, rows_of
 from fastgpt.kernels.reduce import sum_rows
+from fastgpt.kernels.spec import Spec
 from fastgpt.kernels.tuning import norm_backward_config, norm_forward_config
 
 
@@ -106,8 +105,8 @@ def _forward(x, residual, weight, bias, seed, eps, dropout_p):
     block_rows, options = norm_forward_config(C)
     launch(layer_norm_forward_kernel, triton.cdiv(N, block_rows),
            (x, residual, weight, bias, y, total, statistics, N, eps, *dropout_arguments(dropout_p, seed)),
-           dict(C=C, ADD=residual is not None, HAS_BIAS=bias is not None, DROPOUT=dropout_p > 0, BLOCK_ROWS=block_rows,
-                BLOCK_C=triton.next_power_of_2(C)), **options)
+           {"C": C, "ADD": residual is not None, "HAS_BIAS": bias is not None, "DROPOUT": dropout_p > 0, "BLOCK_ROWS": block_rows,
+                "BLOCK_C": triton.next_power_of_2(C)}, **options)
     return y, total, statistics
 
 
@@ -121,9 +120,28 @@ def _backward(dy, dtotal, total, weight, statistics, seed, dropout_p):
     partial = torch.empty((programs, 2, C), dtype=torch.float32, device=total.device)
     launch(layer_norm_backward_kernel, programs,
            (dy, dtotal, total, weight, statistics, dresidual, dx, partial, N, *dropout_arguments(dropout_p, seed)),
-           dict(C=C, ADD=dtotal is not None, DROPOUT=dropout_p > 0, BLOCK_ROWS=block_rows,
-                BLOCK_C=triton.next_power_of_2(C)), **options)
+           {"C": C, "ADD": dtotal is not None, "DROPOUT": dropout_p > 0, "BLOCK_ROWS": block_rows,
+                "BLOCK_C": triton.next_power_of_2(C)}, **options)
     return dresidual, dx, sum_rows(partial.view(programs, 2 * C)).view(2, C).to(weight.dtype)
 
 
 layer_norm, add_layer_norm = define_layer_norm("triton_", _forward, _backward)
+
+BYTES = {"layer_norm_forward_kernel": "(2 + 2 * ADD) * N * C * e + 8 * N",
+         "layer_norm_backward_kernel": "(3 + ADD + DROPOUT) * N * C * e + 8 * N"}
+
+
+def _inputs(dtype, device, gpt2, shape=(9, 768), add=True):
+    N, C = (8192, 768) if gpt2 else shape
+    shapes = {"x": (N, C), "residual": (N, C), "weight": (C,), "bias": (C,)}
+    if not add:
+        del shapes["residual"]
+    return {name: torch.randn(shape, dtype=dtype, device=device) for name, shape in shapes.items()}, {}
+
+
+SPECS = [
+    Spec("layer_norm", "layer_norm", partial(_inputs, add=False)),
+    Spec("layer_norm of 59", "layer_norm", partial(_inputs, shape=(37, 59), add=False)),
+    Spec("add_layer_norm", "add_layer_norm", _inputs),
+    Spec("add_layer_norm, dropout", "add_layer_norm", partial(_inputs, shape=(5, 1500)), {"dropout_p": 0.2, "seed": 7}),
+]

@@ -76,7 +76,7 @@ def specialise(kernel, arguments, constants):
     signature, constexprs, divisible = {}, dict(constants), []
     fixed = set(kernel.do_not_specialize or ())
     for name, argument in zip(kernel.arg_names, arguments):
-        if argument is None or argument == 1 and type(argument) is int and name not in fixed:
+        if argument is None or type(argument) is int and argument == 1 and name not in fixed:
             signature[name], constexprs[name] = "constexpr", argument
         elif isinstance(argument, torch.Tensor):
             signature[name] = POINTERS[argument.dtype]

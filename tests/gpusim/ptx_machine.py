@@ -1,0 +1,165 @@
+"""Executes PTX on the CPU: an independent check of what a compiler made (Triton's or nvcc's, for sm_80 and sm_90a).
+
+    Kernel(ptx_text).launch(grid, threads, [tensor | int | float, ...], shared=bytes)
+
+The threads of a block run in numpy lock step, the lowest program counter first, and the blocks one after another.
+PtxError: an address outside every tensor argument or misaligned, shared memory that two warps touch without a barrier
+between, lanes missing from a shuffle or a matrix product, a barrier that not all threads reach together, an unwaited
+wgmma, any opcode that is not modelled (TMA, mbarrier, tcgen05, calls). cp.async data lands at its wait. Approximate
+functions are exact here, and neither the order of memory operations nor races between blocks are modelled.
+"""
+import itertools
+import struct
+
+import numpy as np
+import ptx_access
+import ptx_convert
+import ptx_matrix
+import ptx_scalar
+import ptx_warp
+import ptx_wgmma
+import torch
+from ptx_flow import ControlFlow
+from ptx_memory import AsynchronousCopies, GlobalMemory, SharedMemory
+from ptx_operands import PREDICATE, WARP, Registers
+from ptx_parser import PtxError, parse
+
+__all__ = ["Kernel", "PtxError"]
+OF_REGISTERS = ptx_scalar.BUILDERS | ptx_convert.BUILDERS | ptx_warp.BUILDERS
+OF_MACHINE = ptx_access.BUILDERS | ptx_matrix.BUILDERS | ptx_wgmma.BUILDERS
+WITHOUT_EFFECT = ("fence", "membar", "griddepcontrol", "nanosleep", "prefetch", "prefetchu", "discard")
+FLOAT_FORMATS = {16: "<e", 32: "<f", 64: "<d"}
+
+
+class Kernel:
+    """One entry of a PTX text, by default the first."""
+
+    def __init__(self, ptx_text, name=None):
+        self.program = parse(ptx_text, name)
+
+    def launch(self, grid, threads, args, shared=0, races=True):
+        """Runs every block. args: CPU tensors and numbers; parameters past them (Triton's scratch) are 0."""
+        machine = _Machine(self.program, tuple(grid) + (1,) * (3 - len(grid)), threads, args, shared, races)
+        machine.run()
+
+
+class _Machine:
+    """The state of one launch, as the builders of instructions see it."""
+
+    def __init__(self, program, grid, threads, args, shared, races):
+        if threads % WARP:
+            raise PtxError(f"{threads} threads are no whole number of warps")
+        self.program, self.grid, self.threads = program, grid, threads
+        self.warps = np.arange(threads) // WARP
+        self.global_memory = GlobalMemory([arg for arg in args if isinstance(arg, torch.Tensor)])
+        size = max(program.dynamic_offset + shared, program.static_shared)
+        self.shared = SharedMemory(size, races, fine=_accesses_single_bytes(program))
+        self.copies = AsynchronousCopies(self.shared, threads // WARP)
+        self.unfinished = ptx_wgmma.Unfinished(self.shared, max(1, threads // ptx_wgmma.WARPGROUP))
+        self.registers = Registers(program, threads, grid)
+        self.parameters = _parameters(program, args)
+        self.steps = [self._step(instruction) for instruction in program.instructions]
+
+    def run(self):
+        with np.errstate(all="ignore"):
+            for z, y, x in itertools.product(*map(range, reversed(self.grid))):
+                self._run_block((x, y, z))
+
+    def _run_block(self, block):
+        for part in (self.shared, self.copies, self.unfinished):
+            part.reset()
+        self.registers.reset(block)
+        flow = ControlFlow(self.registers.everyone, len(self.steps), self.shared.next_epoch)
+        counter = 0
+        try:
+            while place := flow.current():
+                counter, mask = place
+                self.steps[counter].execute(flow, mask)
+        except PtxError as error:
+            text = self.program.instructions[counter].text
+            raise PtxError(f"{error}; block {block}, instruction {counter}: {text[:120]}") from None
+
+    def _step(self, instruction):
+        guard = None
+        if instruction.predicate:
+            guard = self.registers.source(("!" if instruction.negated else "") + instruction.predicate, PREDICATE)
+        action = self._action(instruction)
+        if instruction.opcode != "wgmma":
+            action = ptx_wgmma.guarded(self.unfinished, instruction, self.registers.types, action)
+        return _Step(guard, action)
+
+    def _action(self, instruction):
+        """What an instruction does: a function of the flow, the threads that are at it, and those that execute it."""
+        opcode = instruction.opcode
+        if opcode == "bra":
+            target = self.program.labels[instruction.operands[0]]
+            return lambda flow, mask, active: flow.branch(mask, active, target)
+        if opcode in ("ret", "exit"):
+            return ControlFlow.exit
+        if opcode in ("bar", "barrier") and not instruction.has("warp"):
+            _check_barrier(instruction, self.threads)
+            return ControlFlow.barrier
+        return _then_advance(self._effect(opcode, instruction))
+
+    def _effect(self, opcode, instruction):
+        """A function of the active threads, or None for an instruction without an effect."""
+        if opcode == "trap":
+            return _trap
+        if opcode in WITHOUT_EFFECT or instruction.modifiers == ("warp", "sync"):
+            return None
+        if opcode in OF_REGISTERS:
+            return OF_REGISTERS[opcode](self.registers, instruction)
+        if opcode in OF_MACHINE:
+            return OF_MACHINE[opcode](self, instruction)
+        raise PtxError(f"opcode not modelled: {instruction.text}")
+
+
+class _Step:
+    """An instruction made executable. guard: a function giving its predicate, or None."""
+
+    def __init__(self, guard, action):
+        self.guard, self.action = guard, action
+
+    def execute(self, flow, mask):
+        self.action(flow, mask, mask if self.guard is None else mask & self.guard())
+
+
+def _then_advance(effect):
+    if effect is None:
+        return lambda flow, mask, active: flow.advance(mask)
+
+    def action(flow, mask, active):
+        effect(active)
+        flow.advance(mask)
+    return action
+
+
+def _check_barrier(instruction, threads):
+    counts = [int(operand, 0) for operand in instruction.operands[1:]]
+    if not instruction.has("sync") or instruction.has("cluster") or counts not in ([], [threads]):
+        raise PtxError(f"barrier not modelled: {instruction.text}")
+
+
+def _trap(active):
+    if active.any():
+        raise PtxError("trap")
+
+
+def _accesses_single_bytes(program):
+    return any(instruction.opcode in ("ld", "st") and instruction.type.bits == 8 and instruction.has("shared")
+               for instruction in program.instructions)
+
+
+def _parameters(program, args):
+    """Parameter -> its bytes."""
+    if len(args) > len(program.parameters):
+        raise PtxError(f"{len(args)} arguments for {len(program.parameters)} parameters")
+    values = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
+    values += [0] * (len(program.parameters) - len(values))
+    return {name: _parameter_bytes(kind, value) for (name, kind), value in zip(program.parameters.items(), values)}
+
+
+def _parameter_bytes(kind, value):
+    if kind.kind == "f":
+        return struct.pack(FLOAT_FORMATS[kind.bits], value)
+    return (int(value) & (2 ** kind.bits - 1)).to_bytes(kind.bits // 8, "little")

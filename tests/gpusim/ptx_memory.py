@@ -1,0 +1,155 @@
+"""Global and shared memory as PTX sees them, with checks of bounds, alignment and races."""
+import ctypes
+
+import numpy as np
+from extents import Extents
+from ptx_parser import PtxError
+
+SHARED_WINDOW = np.uint64(1 << 56)
+UNWRITTEN = 0xFF
+NOBODY, SEVERAL = -1, -2
+
+
+class GlobalMemory:
+    """The bytes of the tensor arguments, in place."""
+
+    def __init__(self, tensors):
+        self.extents = Extents(tensors)
+        sizes = zip(self.extents.first.tolist(), self.extents.end.tolist())
+        self.ranges = [np.frombuffer((ctypes.c_uint8 * (end - first)).from_address(first), np.uint8)
+                       for first, end in sizes]
+
+    def read(self, addresses, size, what="load"):
+        """uint8 array (addresses, size)."""
+        data = np.empty((addresses.size, size), np.uint8)
+        for lanes, number, index in self._places(addresses, size, what):
+            data[lanes] = self.ranges[number][index]
+        return data
+
+    def write(self, addresses, data, what="store"):
+        for lanes, number, index in self._places(addresses, data.shape[1], what):
+            self.ranges[number][index] = data[lanes]
+
+    def _places(self, addresses, size, what):
+        """(which addresses, range, indices of their bytes in it) for each range that they fall into."""
+        number, inside = self.extents.locate(addresses, size)
+        if not inside.all():
+            outside = np.flatnonzero(~inside)
+            place = self.extents.describe(addresses[outside[0]], number[outside[0]])
+            raise PtxError(f"{what} of {size} bytes outside every argument: {outside.size} lanes, the first {place}")
+        if (addresses % np.uint64(size)).any():
+            raise PtxError(f"misaligned {what} of {size} bytes")
+        for found in np.unique(number):
+            lanes = slice(None) if number[0] == found and (number == found).all() else number == found
+            offsets = (addresses[lanes] - self.extents.first[found]).astype(np.int64)
+            yield lanes, found, offsets[:, None] + np.arange(size)
+
+
+class SharedMemory:
+    """A block's shared memory. Bytes never written are NaN in each float format.
+
+    A race is a byte that one warp writes and another one touches in the same epoch: with no barrier between. It is
+    noticed by the granule: two bytes, or one where `fine`. `pinned` granules are being read by an unfinished wgmma.
+    """
+
+    def __init__(self, size, races, fine):
+        self.bytes, self.races, self.granule = np.empty(size, np.uint8), races, 1 if fine else 2
+        granules = size // self.granule + 1
+        self.write_epoch, self.writer, self.read_epoch, self.reader, self.pinned = np.empty((5, granules), np.int32)
+        self.reset()
+
+    def reset(self):
+        self.bytes.fill(UNWRITTEN)
+        self.write_epoch.fill(NOBODY)
+        self.read_epoch.fill(NOBODY)
+        self.pinned.fill(0)
+        self.epoch = 0
+
+    def next_epoch(self):
+        """A barrier: what went before it is in order with what comes after."""
+        self.epoch += 1
+
+    def index(self, addresses, size, what):
+        """Indices (addresses, size) of the bytes at addresses of the shared or the generic window."""
+        offsets = np.where(addresses >= SHARED_WINDOW, addresses - SHARED_WINDOW, addresses).astype(np.int64)
+        if offsets.size and (offsets.min() < 0 or offsets.max() + size > self.bytes.size):
+            raise PtxError(f"shared {what} outside the {self.bytes.size} bytes of shared memory")
+        if (offsets % size).any():
+            raise PtxError(f"misaligned shared {what} of {size} bytes")
+        return offsets[:, None] + np.arange(size)
+
+    def read(self, index, warps, what="load"):
+        """The bytes at an index; warps: who reads each of its rows."""
+        if self.races:
+            granules, warps = self.granules(index), warps[:, None]
+            self._refuse_written(granules, warps, what)
+            shared = (self.read_epoch[granules] == self.epoch) & (self.reader[granules] != warps)
+            self.reader[granules] = np.where(shared, SEVERAL, warps)
+            self.read_epoch[granules] = self.epoch
+        return self.bytes[index]
+
+    def write(self, index, data, warps, what="store"):
+        if self.races:
+            granules, warps = self.granules(index), warps[:, None]
+            self._refuse_written(granules, warps, what)
+            self.refuse_overwrite(index, warps[:, 0], what)
+            self.write_epoch[granules] = self.epoch
+            self.writer[granules] = warps
+        self.bytes[index] = data
+
+    def refuse_overwrite(self, index, warps, what):
+        """Raises when another warp, or a wgmma, may still be reading what is about to be written."""
+        if not self.races:
+            return
+        granules = self.granules(index)
+        if ((self.read_epoch[granules] == self.epoch) & (self.reader[granules] != warps[:, None])).any():
+            raise PtxError(f"race in shared memory: {what} over what another warp read, no barrier between")
+        if self.pinned[granules].any():
+            raise PtxError(f"race in shared memory: {what} over what an unwaited wgmma reads")
+
+    def pin(self, granules):
+        self.pinned[granules] += 1
+
+    def unpin(self, granules):
+        """The reader has waited. Its other warps may not have: to them, too, a barrier must pass before a store."""
+        self.pinned[granules] -= 1
+        self.read_epoch[granules] = self.epoch
+        self.reader[granules] = SEVERAL
+
+    def granules(self, index):
+        """The granules of an index's bytes, row by row."""
+        return index if self.granule == 1 else index[:, ::2] >> 1
+
+    def _refuse_written(self, granules, warps, what):
+        if ((self.write_epoch[granules] == self.epoch) & (self.writer[granules] != warps)).any():
+            raise PtxError(f"race in shared memory: {what} after another warp's store, no barrier between")
+
+
+class AsynchronousCopies:
+    """cp.async: a copy's bytes are fetched when it is issued and land when its group is waited for."""
+
+    def __init__(self, shared, warps):
+        self.shared, self.warps = shared, warps
+        self.reset()
+
+    def reset(self):
+        self.open = [[] for _ in range(self.warps)]
+        self.groups = [[] for _ in range(self.warps)]
+
+    def issue(self, index, data, warps):
+        self.shared.refuse_overwrite(index, warps, "cp.async")
+        for warp in np.unique(warps):
+            lanes = warps == warp
+            self.open[warp].append((index[lanes], data[lanes], warps[lanes]))
+
+    def commit(self, warps):
+        for warp in warps:
+            self.groups[warp].append(self.open[warp])
+            self.open[warp] = []
+
+    def wait(self, warps, pending):
+        """Lands all but the `pending` latest groups of these warps."""
+        for warp in warps:
+            while len(self.groups[warp]) > pending:
+                for index, data, rows in self.groups[warp].pop(0):
+                    self.shared.write(index, data, rows, "cp.async")
