@@ -397,7 +397,7 @@ def cross_entropy(x, weight, targets, *, bias=None, ignore_index=-100, reduction
 def _autocast(*tensors):
     """The matrices of a product in autocast's dtype, when it is on for their device."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -32,8 +32,8 @@ class Launchers:
 
     products(dtype) -> Products. row_stride(V): the distance of two rows of logits.
     count(targets, V, ignore_index) -> how many targets are not ignored: an int or a tensor () of the device.
-    losses(logits, targets, scale, out, loss_options): out (rows,) float32 receives the losses; with a scale, float32 (1,)
-    for all rows or (rows,), the logits become scale * gradient.
+    losses(logits, V, targets, scale, out, loss_options): logits (rows, row stride), of which V columns count; out (rows,)
+    float32 receives the losses; with a scale, float32 (1,) for all rows or (rows,), the logits become scale * gradient.
     add_rows(x, sums): sums (N,) float32 += the sum of x (rows, N) over its rows.
     multiply_gradient(gradient, dloss) -> their product.
     """
@@ -79,12 +79,12 @@ def _in_chunks(launchers, x, weight, bias, targets, options, scale, wanted):
     chunks, rows = _split(N, int(products.chunk_bytes / (max(stride, 1) * products.logits_dtype.itemsize)))
     losses = torch.empty(N, dtype=torch.float32, device=x.device)
     gradients = _Gradients(x, weight, wanted, chunks, products, launchers.add_rows)
-    buffer = torch.empty((rows, stride), dtype=products.logits_dtype, device=x.device)[:, :V]
+    buffer = torch.empty((rows, stride), dtype=products.logits_dtype, device=x.device)
     for begin in range(0, N, rows or 1):
         chunk, these = x[begin:begin + rows], slice(begin, begin + rows)
-        logits = products.multiply(chunk, weight.t(), out=buffer[:len(chunk)], bias=bias)
+        logits = products.multiply(chunk, weight.t(), out=buffer[:len(chunk), :V], bias=bias)
         own = scale if scale is None or len(scale) == 1 else scale[these]
-        launchers.losses(logits, targets[these], own, losses[these], options)
+        launchers.losses(buffer[:len(chunk)], V, targets[these], own, losses[these], options)
         if scale is not None:
             gradients.add(logits, chunk, weight, begin)
     return losses, gradients.of_dtype(x.dtype)

@@ -45,11 +45,10 @@ def _count(targets, V, ignore_index):
     return count
 
 
-def _losses(logits, targets, scale, out, options):
+def _losses(logits, V, targets, scale, out, options):
     targets, scale = dense(targets, scale)
-    rows, V = logits.shape
     _C.cross_entropy(DTYPES[logits.dtype], pointer(logits), pointer(targets), pointer(scale),
-                     scale is not None and len(scale) > 1, pointer(out), rows, V, options)
+                     scale is not None and len(scale) > 1, pointer(out), len(logits), V, options)
 
 
 def _add_rows(x, sums):

@@ -136,7 +136,8 @@ def forward(q, k, v, key_mask, seed, causal, scale, dropout_p, window, keep_lse,
     if packing is not None:
         starts, B = packing, len(packing[0]) - 1
         T, S = map(longest, starts)
-    block_m, block_n, options = attention_config("forward", architecture(q.device), q.dtype, block_d(D))
+    block_m, block_n, options = attention_config("forward", architecture(q.device), q.dtype, block_d(D),
+                                                 bool(dropout_p or window or key_mask is not None))
     launch(attention_forward_kernel, B * H * triton.cdiv(T, block_m),
            (q, k, v, out, lse, key_mask, *starts, *head_strides(q), *head_strides(k), *head_strides(v),
             *head_strides(out), rows, H, T, S, positive_scale(scale), *dropout_arguments(dropout_p, seed), window),
@@ -157,8 +158,9 @@ def _inputs(dtype, device, gpt2, heads=(4, 2), lengths=(70, 133), D=24, mask=Fal
     """q, k and v, for GPT-2 as views of one tensor. With a mask batch 0's first keys are hidden, and from its first rows all."""
     if gpt2:
         D = max(D, 64)
-        qkv = torch.empty(8, 1024, 3 * 12 * D, dtype=dtype, device=device)
-        return dict(zip("qkv", (x.view(8, 1024, 12, D).transpose(1, 2) for x in qkv.chunk(3, dim=2)))), {}
+        qkv = torch.randn(8, 1024, 3 * 12 * D, dtype=dtype, device=device)
+        q, k, v = (x.view(8, 1024, 12, D).transpose(1, 2) for x in qkv.chunk(3, dim=2))
+        return {"q": q, "k": k, "v": v}, {"key_mask": torch.rand(8, 1024, device=device) > 0.3} if mask else {}
     q, k, v = (torch.randn(2, h, n, D, dtype=dtype, device=device)
                for h, n in ((heads[0], lengths[0]), (heads[1], lengths[1]), (heads[1], lengths[1])))
     key_mask = torch.rand(2, lengths[1], device=device) > 0.3
@@ -178,6 +180,7 @@ SPECS = [
     Spec("attention", "attention", partial(_inputs, heads=(2, 2), lengths=(130, 130), D=64)),
     Spec("attention D=128", "attention", partial(_inputs, heads=(2, 1), lengths=(33, 97), D=128)),
     Spec("attention, GQA", "attention", _inputs),
+    Spec("attention, all keys", "attention", partial(_inputs, lengths=(33, 70)), {"causal": False, "scale": -0.3}),
     Spec("attention, key mask", "attention", partial(_inputs, mask=True), {"causal": False}),
     Spec("attention, dropout", "attention", partial(_inputs, D=80), {"dropout_p": 0.2, "seed": 2 ** 40 + 5}),
     Spec("attention, window", "attention", _inputs, {"window": 40}),

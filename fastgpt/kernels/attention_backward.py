@@ -231,17 +231,17 @@ def backward(dout, q, k, v, out, lse, key_mask, seed, causal, scale, dropout_p, 
     if packing is not None:
         starts, B = packing, len(packing[0]) - 1
         T, S = map(longest, starts)
-    arch, width = architecture(q.device), block_d(D)
+    arch, width, busy = architecture(q.device), block_d(D), bool(dropout_p or window)
     numbers = (rows, H, T, S, positive_scale(scale), float(scale), *dropout_arguments(dropout_p, seed), window)
     constants = {"GROUP": H // G, "CAUSAL": causal, "WINDOW": window > 0, "HAS_KEY_MASK": key_mask is not None,
                      "PACKED": packing is not None, "DROPOUT": dropout_p > 0, "NEGATIVE": scale < 0, "D": D, "BLOCK_D": width,
                      "PRECISION": precision(q.dtype)}
     inputs = (*head_strides(q), *head_strides(k), *head_strides(v))
-    block_m, block_n, options = attention_config("dq", arch, q.dtype, width)
+    block_m, block_n, options = attention_config("dq", arch, q.dtype, width, busy)
     launch(attention_dq_kernel, B * H * triton.cdiv(T, block_m),
            (q, k, v, out, dout, lse, delta, dq, key_mask, *starts, *inputs, *head_strides(out), *head_strides(dout),
             *head_strides(dq), *numbers), dict(constants, BLOCK_M=block_m, BLOCK_N=block_n), **options)
-    block_m, block_n, options = attention_config("dk_dv", arch, q.dtype, width)
+    block_m, block_n, options = attention_config("dk_dv", arch, q.dtype, width, busy)
     launch(attention_dk_dv_kernel, B * G * triton.cdiv(S, block_n),
            (q, k, v, dout, lse, delta, dk, dv, key_mask, *starts, *inputs, *head_strides(dout), *head_strides(dk),
             *head_strides(dv), *numbers), dict(constants, BLOCK_M=block_m, BLOCK_N=block_n, LOOP=H > G or arch > 80), **options)

@@ -19,22 +19,24 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
-def cross_entropy_kernel(LOGITS, TARGETS, SCALE, LOSSES, row_stride, ignore_index, smoothing, z_loss, V: tl.constexpr,
-                         HAS_GRADIENT: tl.constexpr, SCALE_OF_ROW: tl.constexpr, SMOOTHING: tl.constexpr,
-                         Z_LOSS: tl.constexpr, BLOCK: tl.constexpr):
-    """A program takes one row of LOGITS (rows, V). LOSSES: (1 - smoothing) * the cross entropy + smoothing * its mean over
-    all classes + z_loss * lse**2. With HAS_GRADIENT the row becomes SCALE * the loss's gradient; a target outside [0, V)
-    makes it and the loss NaN."""
+def cross_entropy_kernel(LOGITS, TARGETS, SCALE, LOSSES, ignore_index, smoothing, z_loss, V: tl.constexpr,
+                         STRIDE: tl.constexpr, HAS_GRADIENT: tl.constexpr, SCALE_OF_ROW: tl.constexpr,
+                         SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK: tl.constexpr):
+    """A program takes one row of LOGITS (rows, STRIDE), of which V columns count.
+
+    LOSSES: (1 - smoothing) * the cross entropy + smoothing * its mean over all classes + z_loss * lse**2. With HAS_GRADIENT
+    the row becomes SCALE * the loss's gradient. A target outside [0, V) makes it and the loss NaN.
+    """
     row = tl.program_id(0)
     target = tl.load(TARGETS + row)
-    logits = LOGITS + row.to(tl.int64) * row_stride
+    logits = LOGITS + row.to(tl.int64) * STRIDE
     columns = tl.arange(0, BLOCK)
     if target == ignore_index:
         tl.store(LOSSES + row, 0.0)
         if HAS_GRADIENT:
             for start in range(0, V, BLOCK):
                 nothing = tl.zeros([BLOCK], LOGITS.dtype.element_ty)
-                tl.store(logits + start + columns, nothing, mask=start + columns < V)
+                tl.store(logits + start + columns, nothing, mask=start + columns < STRIDE)
         return
     known = (target >= 0) & (target < V)
     at_target = tl.load(logits + target, mask=known, other=float("nan")).to(tl.float32)
@@ -42,8 +44,10 @@ def cross_entropy_kernel(LOGITS, TARGETS, SCALE, LOSSES, row_stride, ignore_inde
     weight_sum = tl.zeros([BLOCK], tl.float32)
     logit_sum = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
+        # Up to STRIDE, so that an access is as wide as it can be: no such mask ends within 16 bytes
+        x = tl.load(logits + start + columns, mask=start + columns < STRIDE, other=0.0).to(tl.float32)
         inside = start + columns < V
-        x = tl.load(logits + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
+        x = tl.where(inside, x, float("-inf"))
         if SMOOTHING:
             logit_sum += tl.where(inside, x, 0.0)
         new_top = tl.maximum(top, x)
@@ -67,23 +71,21 @@ def cross_entropy_kernel(LOGITS, TARGETS, SCALE, LOSSES, row_stride, ignore_inde
         others = scale * smoothing / V if SMOOTHING else 0.0
         chosen = scale * (1 - smoothing) if SMOOTHING else scale
         for start in range(0, V, BLOCK):
-            inside = start + columns < V
-            x = tl.load(logits + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
+            exists = start + columns < STRIDE
+            x = tl.load(logits + start + columns, mask=exists, other=0.0).to(tl.float32)
             gradient = factor * tl.exp2((x - most) * LOG2E)
             if SMOOTHING:
                 gradient -= others
             gradient = tl.where(start + columns == target, gradient - chosen, gradient)
-            tl.store(logits + start + columns, gradient.to(LOGITS.dtype.element_ty), mask=inside)
+            tl.store(logits + start + columns, gradient.to(LOGITS.dtype.element_ty), mask=exists)
 
 
-def _losses(logits, targets, scale, out, options):
-    ignore_index, smoothing, z_loss = options
-    rows, V = logits.shape
-    launch(cross_entropy_kernel, rows,
-           (logits, targets.contiguous(), scale, out, logits.stride(0), ignore_index, smoothing, z_loss),
-           {"V": V, "HAS_GRADIENT": scale is not None, "SCALE_OF_ROW": scale is not None and len(scale) > 1,
-                "SMOOTHING": smoothing > 0, "Z_LOSS": z_loss > 0,
-                "BLOCK": min(CROSS_ENTROPY_BLOCK, triton.next_power_of_2(V))}, num_warps=CROSS_ENTROPY_WARPS)
+def _losses(logits, V, targets, scale, out, options):
+    rows, stride = logits.shape
+    launch(cross_entropy_kernel, rows, (logits, targets.contiguous(), scale, out, *options),
+           {"V": V, "STRIDE": stride, "HAS_GRADIENT": scale is not None,
+            "SCALE_OF_ROW": scale is not None and len(scale) > 1, "SMOOTHING": options[1] > 0, "Z_LOSS": options[2] > 0,
+            "BLOCK": min(CROSS_ENTROPY_BLOCK, triton.next_power_of_2(stride))}, num_warps=CROSS_ENTROPY_WARPS)
 
 
 def _multiply(a, b, out, *, accumulate=False, bias=None):

@@ -128,10 +128,10 @@ def _backward(dy, dtotal, total, weight, statistics, seed, dropout_p):
 layer_norm, add_layer_norm = define_layer_norm("triton_", _forward, _backward)
 
 BYTES = {"layer_norm_forward_kernel": "(2 + 2 * ADD) * N * C * e + 8 * N",
-         "layer_norm_backward_kernel": "(3 + ADD + DROPOUT) * N * C * e + 8 * N"}
+         "layer_norm_backward_kernel": "(3 + ADD + DROPOUT) * N * C * e + 8 * N + 8 * programs * C"}
 
 
-def _inputs(dtype, device, gpt2, shape=(9, 768), add=True):
+def _inputs(dtype, device, gpt2, shape=(37, 768), add=True):
     N, C = (8192, 768) if gpt2 else shape
     shapes = {"x": (N, C), "residual": (N, C), "weight": (C,), "bias": (C,)}
     if not add:

@@ -13,9 +13,10 @@ def norm_forward_config(C):
 
 
 def norm_backward_config(C):
-    """(rows of a program's step, programs per multiprocessor, options)."""
+    """(rows of a program's step, programs per multiprocessor, options). Two rows in a step keep as many bytes in flight as
+    twice the programs would, whose partial sums would be twice as many: 17 % of what GPT-2's norm moves, instead of 8."""
     block = triton.next_power_of_2(C)
-    return max(1, 1024 // block), 8, {"num_warps": min(16, max(1, block // 256))}
+    return max(2, 2048 // block), 4, {"num_warps": min(16, max(1, block // 256))}
 
 
 GELU_BLOCK = 2048  # elements of a program's step: two 16-byte loads a thread of each tensor in bfloat16
@@ -25,20 +26,28 @@ GELU_PROGRAMS = 8  # per multiprocessor, when the sum for dbias is wanted
 
 # Attention, 16-bit types: (kernel, architecture) -> {width of a head's tile: (BLOCK_M, BLOCK_N, num_warps, num_stages)}.
 # Chosen by predicted efficiency among the configurations without spilled registers (docs/gpu.md has the figures).
-# sm_80, forward: 128 queries, so that a key tile read from shared memory serves twice as many rows; two stages, since a
-#   third costs the registers that keep two blocks on a processor. From 128 on that takes 8 warps.
+# sm_80, forward: 128 queries on 4 warps, so that keys read from shared memory serve 32 rows a warp; two stages, since a third
+#   costs the registers that keep two blocks on a processor. At 128 wide that spills: 8 warps of 16 rows, and a busier port.
 # sm_90, forward: 64 queries a warp group, the least that wgmma takes: at 128 registers four blocks fit, and one block's
-#   softmax hides behind another's products. 256: half the keys, or k and v would not fit twice into shared memory.
-# Backward: dk and dv are two accumulators, so that their tiles are the smaller ones. sm_90's dq at 128: 32 keys leave room
-#   for three stages.
-# sm_100 takes sm_90's: its tensor memory holds the accumulators, which leaves all of these room.
+#   softmax hides behind another's products.
+# Backward: dk and dv are two accumulators, so that their tiles are the smaller ones.
+# sm_100 takes sm_90's but for dk and dv, whose tensor memory is read through registers.
 ATTENTION = {
     ("forward", 80): {16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (128, 64, 8, 3), 256: (64, 64, 8, 1)},
     ("forward", 90): {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 32, 4, 2)},
-    ("dq", 80): {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (32, 32, 4, 1)},
+    ("dq", 80): {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (128, 32, 4, 2), 128: (64, 64, 4, 2), 256: (32, 32, 4, 1)},
     ("dq", 90): {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 32, 4, 3), 256: (64, 32, 8, 2)},
     ("dk_dv", 80): {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 8, 3), 256: (32, 32, 8, 2)},
     ("dk_dv", 90): {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (32, 128, 8, 3), 256: (16, 32, 4, 1)},
+    ("dk_dv", 100): {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (32, 64, 4, 2), 256: (16, 32, 4, 1)},
+}
+# With dropout or a window (forward: or a key mask), where these differ: their registers are taken from the tiles.
+ATTENTION_BUSY = {
+    ("forward", 80): {64: (128, 64, 8, 3), 128: (128, 32, 8, 3)},
+    ("dq", 80): {64: (64, 64, 4, 3), 128: (64, 32, 4, 3)},
+    ("dk_dv", 80): {64: (32, 64, 8, 3), 128: (32, 64, 8, 3)},
+    ("dk_dv", 90): {64: (32, 64, 4, 3), 128: (16, 128, 8, 3)},
+    ("dk_dv", 100): {64: (32, 64, 4, 3), 128: (32, 64, 8, 3)},
 }
 # float32: three TF32 products for each, whose parts fill the registers, so that tiles are small. Above 128 some spill.
 ATTENTION_FLOAT32 = {
@@ -51,12 +60,16 @@ ATTENTION_FLOAT32 = {
 }
 
 
-def attention_config(kernel, arch, dtype, width):
-    """(BLOCK_M, BLOCK_N, options) of "forward", "dq" or "dk_dv" for heads whose tiles are `width` wide."""
-    table = ATTENTION_FLOAT32 if dtype.itemsize == 4 else ATTENTION
-    widths = table[kernel, min(arch, 90)]
-    block_m, block_n, num_warps, num_stages = widths[min(w for w in widths if w >= width)]
-    return block_m, block_n, {"num_warps": num_warps, "num_stages": num_stages}
+def attention_config(kernel, arch, dtype, width, busy):
+    """(BLOCK_M, BLOCK_N, options) of "forward", "dq" or "dk_dv" for heads whose tiles are `width` wide. busy: see
+    ATTENTION_BUSY."""
+    tables = [ATTENTION_FLOAT32] if dtype.itemsize == 4 else [ATTENTION_BUSY, ATTENTION] if busy else [ATTENTION]
+    for table in tables:
+        widths = table.get((kernel, arch)) or table.get((kernel, min(arch, 90)), {})
+        fitting = [w for w in widths if w >= width]
+        if fitting:
+            block_m, block_n, num_warps, num_stages = widths[min(fitting)]
+            return block_m, block_n, {"num_warps": num_warps, "num_stages": num_stages}
 
 
 CROSS_ENTROPY_BLOCK, CROSS_ENTROPY_WARPS = 4096, 8  # 16 elements a thread: two 16-byte loads of a 16-bit dtype

@@ -55,6 +55,7 @@ CLASS_OF = {base: name for name, bases in CLASSES.items() for base in bases.spli
 PIPES = {"mma": "tensor", "mufu": "mufu", "fma": "fma", "alu": "alu", "cvt": "alu", "smem": "lsu", "gmem": "lsu",
          "local": "lsu", "shfl": "lsu"}
 CYCLES = {"mufu": 8.0, "cvt": 2.0, "local": 16.0, "shfl": 4.0}
+LOADS = ("LDG", "LD", "LDGSTS")
 MMA_DEPTHS = {"1684": 4, "1688": 8, "16816": 16, "16832": 32, "16864": 64}
 
 
@@ -83,25 +84,47 @@ def describe(cubin_bytes, arch, num_warps, shared, flops=0):
 
     shared: bytes that a launch asks for; flops: useful ones of one pass of the hot loop by a program, for `efficiency`:
     their share of the machine's half-precision peak by the issue model. bytes_per_clock: of global accesses, for a
-    quarter multiprocessor whose busiest pipe never rests; bound: that pipe. spills: accesses to local memory.
+    quarter multiprocessor whose busiest pipe never rests, by `_bytes_per_clock`'s rule where there are several loops;
+    bound: that pipe of the hot loop. spills: accesses to local memory.
     """
     instructions, resources = disassemble(cubin_bytes)
     shared = max(shared, resources.get("SHARED", 0))
     registers = resources["REG"]
     blocks, warps, limit = occupancy(arch, registers, shared, num_warps)
-    hot = _hot_loop(instructions, arch, num_warps)
+    found = _loops(instructions, arch, num_warps)
+    hot = max(found, key=lambda loop: loop.rank)
     counts = collections.Counter(classify(instruction.opcode) for instruction in instructions)
     return {
         "registers": registers, "spills": counts["local"], "shared": shared, "blocks": blocks, "warps": warps,
         "limit": limit, "loop": dict(hot.classes), "tensor": dict(hot.tensor_kinds), "widths": _widths(instructions),
-        "efficiency": hot.efficiency(blocks, flops), "bytes_per_clock": hot.bytes_per_clock, "bound": hot.bound,
+        "efficiency": hot.efficiency(blocks, flops), "bytes_per_clock": _bytes_per_clock(found, hot),
+        "bound": hot.bound,
     }
 
 
-def _hot_loop(instructions, arch, num_warps):
-    bodies = loops(instructions) or [list(range(len(instructions)))]
-    found = [_Loop(instructions, body, bodies, arch, num_warps) for body in bodies]
-    return max(found, key=lambda loop: loop.rank)
+def _loops(instructions, arch, num_warps):
+    bodies = find_loops(instructions) or [list(range(len(instructions)))]
+    return [_Loop(instructions, body, bodies, arch, num_warps) for body in bodies]
+
+
+def find_loops(instructions):
+    """`sass.loops`, also those that the assembler leaves by a conditional call that never returns."""
+    return loops(list(map(_as_branch, instructions)))
+
+
+def _as_branch(instruction):
+    leaves = instruction.predicate and instruction.opcode == "CALL.REL.NOINC"
+    return instruction._replace(opcode="BRA") if leaves else instruction
+
+
+def _bytes_per_clock(found, hot):
+    """Of the hot loop when it has tensor work. Else every innermost loop that loads is taken to pass over the row once,
+    one after the other: each counts for as many passes as it takes to load the same number of bytes. A loop that only
+    stores is for rows that are left out."""
+    over_row = [loop for loop in found if loop.is_innermost and loop.loaded]
+    if any(hot.tensor_cycles) or not over_row:
+        return hot.moved / hot.clocks
+    return sum(loop.moved / loop.loaded for loop in over_row) / sum(loop.clocks / loop.loaded for loop in over_row)
 
 
 class _Loop:
@@ -119,9 +142,12 @@ class _Loop:
         self.tensor_kinds = collections.Counter(instruction.base for instruction in products)
         self.busy = self._pipes()
         self.bound = max(self.busy, key=self.busy.get)
-        self.bytes_per_clock = sum(map(_global_bytes, self.instructions)) / self.busy[self.bound]
+        self.clocks = self.busy[self.bound]
+        self.moved = sum(map(_global_bytes, self.instructions))
+        self.loaded = sum(_global_bytes(i) for i in self.instructions if i.base in LOADS)
+        self.is_innermost = not inner
         tensor, size = sum(self.tensor_cycles), len(own)
-        self.rank = tensor > 0, tensor, not inner, -size if tensor else size
+        self.rank = tensor > 0, tensor, self.is_innermost, -size if tensor else size
 
     def _pipes(self):
         """Pipe -> cycles of it that one pass of one warp takes; every instruction takes one of "issue"."""

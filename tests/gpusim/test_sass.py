@@ -5,10 +5,12 @@ pytest.importorskip("triton")
 
 import planted
 import sass
+import triton
 import triton.language as tl
 from compiling import compile_kernel
+from efficiency import memory_bytes_per_clock, predicted_efficiency
 from sass_issue import IssueModel, operation
-from sass_model import classify, describe, occupancy, pipe_cycles
+from sass_model import classify, describe, find_loops, occupancy, pipe_cycles
 
 
 def described_copy(divisible):
@@ -88,6 +90,60 @@ def test_described_occupancy():
     ("LDSM.16.M88.4", "smem"), ("STL", "local"), ("USEL", "uni")])
 def test_classes(opcode, kind):
     assert classify(opcode) == kind
+
+
+@triton.jit
+def passes_over_row(X, SUMS, n, READ: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr):
+    """A loop that reads, which the compiler unrolls, then one with much arithmetic that reads and writes."""
+    i = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    if READ:
+        for start in range(0, n, BLOCK):
+            total += tl.load(X + start + i)
+    tl.store(SUMS + i, total)
+    if WRITE:
+        for start in range(0, n, BLOCK):
+            x = tl.load(X + start + i)
+            for _ in tl.static_range(40):
+                x = x * x + total
+            tl.store(X + start + i, x)
+
+
+def described_passes(arch, read, write):
+    constexprs = {"READ": read, "WRITE": write, "BLOCK": 1024}
+    signature = {"X": "*fp32", "SUMS": "*fp32", "n": "i32", **dict.fromkeys(constexprs, "constexpr")}
+    compiled = compile_kernel(passes_over_row, signature, constexprs, ["X", "SUMS", "n"], arch, num_stages=1)
+    return describe(compiled.asm["cubin"], arch, 4, compiled.metadata.shared)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_bytes_per_clock_of_loops_that_each_pass_over_the_row(arch):
+    """The row once at the one loop's rate, twice, in and out, at the other's, however often each is unrolled."""
+    reading, writing = (described_passes(arch, *which)["bytes_per_clock"] for which in ((True, False), (False, True)))
+    both = described_passes(arch, True, True)
+    assert reading == 32 and writing < 0.5 * reading
+    assert both["bytes_per_clock"] == pytest.approx(3 / (1 / reading + 2 / writing), rel=0.02)
+
+
+def test_a_loop_is_left_by_a_call_that_never_returns():
+    code = [instruction(0, "LDG.E", "R0, [R2.64]"), instruction(16, "CALL.REL.NOINC", "0x30", "@P0"),
+            instruction(32, "BRA", "0x0"), instruction(48, "STG.E", "[R2.64], R0"), instruction(64, "EXIT")]
+    assert [len(body) for body in find_loops(code)] == [3]
+    code.insert(3, instruction(48, "FADD"))
+    looping_on = [*code[:4], instruction(64, "LDG.E", "R0, [R2.64]"), instruction(80, "BRA", "0x40", "@P0"), code[-1]]
+    assert [len(body) for body in find_loops(looping_on)] == [3, 2]
+
+
+@pytest.mark.parametrize("bytes_per_clock, moved, expected", [(100, 200, 1), (100, 300, 2 / 3), (1.5, 200, 1.5 / 3.35)])
+def test_predicted_efficiency_of_a_memory_kernel(bytes_per_clock, moved, expected):
+    description = {"tensor": {}, "bytes_per_clock": bytes_per_clock, "efficiency": None}
+    assert predicted_efficiency(description, 80, 200, moved) == pytest.approx(expected, rel=0.01)
+
+
+def test_predicted_efficiency_of_a_tensor_kernel():
+    description = {"tensor": {"HGMMA": 2}, "bytes_per_clock": 1, "efficiency": 0.6}
+    assert predicted_efficiency(description, 90) == predicted_efficiency(description, 90, 1, 1) == 0.6
+    assert memory_bytes_per_clock(90) == pytest.approx(3.47, abs=0.005)
 
 
 @pytest.mark.parametrize("opcode, cycles_of_port", [
