@@ -25,7 +25,7 @@ def rival_row(row):
     share = predicted_efficiency(row, row["arch"], row.get("useful_bytes_per_program") or 0,
                                  row.get("moved_bytes_per_program") or 0)
     return {"spec": row["name"], "kernel": row["kernel"], "arch": row["arch"], "source": row["source"],
-            "config": row["config"], "efficiency": prediction.rounded(share), **prediction.chosen(row)}
+            "config": row["config"], "efficiency": prediction.rounded(share), **prediction.facts(row)}
 
 
 def main():

@@ -1,7 +1,8 @@
-"""README tables and plots from benchmarks/results/*.json: python -m benchmarks.report
+"""The READMEs' tables and plots from benchmarks/results/*.json: python -m benchmarks.report
 
-In README.md, what lies between <!-- bench:NAME --> and <!-- /bench:NAME --> is replaced by the table of
-results/NAME.json; each document also becomes a plot, results/NAME.png. A marker without its document is an error.
+In README.md and fastgpt/kernels/README.md, what lies between <!-- bench:NAME --> and <!-- /bench:NAME --> is replaced by the table of
+results/NAME.json; each document of measurements also becomes a plot, results/NAME.png. A marker without its document is
+an error.
 """
 import math
 import re
@@ -9,7 +10,7 @@ import re
 from benchmarks import plots, results
 from benchmarks.machine import ROOT, one_line
 
-README = ROOT / "README.md"
+READMES = [ROOT / "README.md", ROOT / "fastgpt" / "kernels" / "README.md"]
 SECTION = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n)(.*?)(<!-- /bench:(?P=name) -->)", re.DOTALL)
 
 
@@ -142,17 +143,49 @@ def _without_figures(rows):
     return "\n\nWithout figures:\n" + "\n".join(lines) if lines else ""
 
 
-TABLES = {"ops": ops_table, "train": train_table, "generate": generate_table}
+def gpu_predicted_table(rows):
+    """A line for each of our kernels at its plain call, the rivals behind them: predicted shares of a GPU's limits."""
+    header = ["", "config, sm_80 / sm_90", "registers", "predicted share of the limit, sm_80 / sm_90", "bytes moved, MB",
+              "least time for them, us, A100 / H100"]
+    kernels = {}
+    for row in rows:
+        if row["arch"] in GPU_ARCHS:
+            kernels.setdefault((row["source"], row["spec"], row["kernel"]), {})[row["arch"]] = row
+    return markdown(header, [_gpu_row(name, *(found[arch] for arch in GPU_ARCHS)) for name, found in kernels.items()])
+
+
+GPU_ARCHS, MEMORY = (80, 90), (2.039e12, 3.35e12)  # bytes a second of an A100 80 GB and an H100, SXM
+
+
+def _gpu_row(name, *rows):
+    source, spec, kernel = name
+    label = f"{spec}: `{kernel}`" if source == "fastgpt" else f"*{spec}* ({source})"
+    moved = rows[0].get("bytes")
+    floors = [f"{moved / rate * 1e6:.0f}" for rate in MEMORY] if moved else ["-"]
+    return [label, " / ".join(map(_gpu_config, rows)), " / ".join(str(row["registers"]) for row in rows),
+            " / ".join(f"{row['efficiency']:.0%}" + f" ({row['spills']} spills)" * bool(row["spills"]) for row in rows),
+            f"{moved / 1e6:.1f}" if moved else "-", " / ".join(floors)]
+
+
+def _gpu_config(row):
+    blocks = [str(value) for name, value in row["config"].items()
+              if name.startswith("BLOCK") and name not in ("BLOCK_D",)]
+    return f"{'x'.join(blocks)} w{row['config']['num_warps']}s{row['config'].get('num_stages', 1)}"
+
+
+TABLES = {"ops": ops_table, "train": train_table, "generate": generate_table, "gpu_predicted": gpu_predicted_table}
 
 
 def main():
     documents = results.load_all()
     for name, found in documents.items():
-        plots.save(found, results.RESULTS / f"{name}.png")
-        print(f"benchmarks/results/{name}.png")
-    text = README.read_text()
-    README.write_text(fill(text, documents))
-    print(f"README.md: {len(SECTION.findall(text))} tables")
+        if found["benchmark"] in plots.PLOTS:
+            plots.save(found, results.RESULTS / f"{name}.png")
+            print(f"benchmarks/results/{name}.png")
+    for path in READMES:
+        text = path.read_text()
+        path.write_text(fill(text, documents))
+        print(f"{path.relative_to(ROOT)}: {len(SECTION.findall(text))} tables")
 
 
 if __name__ == "__main__":

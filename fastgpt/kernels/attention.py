@@ -20,10 +20,10 @@ from fastgpt.kernels.launch import architecture, launch
 from fastgpt.kernels.spec import Spec
 from fastgpt.kernels.tiles import (
     block_d,
-    bytes_of,
     head_strides,
+    hide_keys,
     key_ranges,
-    load_keys,
+    load_bias,
     load_rows,
     longest,
     positive_scale,
@@ -36,29 +36,31 @@ from fastgpt.kernels.tuning import attention_config
 
 
 @triton.jit
-def _attend(acc, weight_sum, top, q, K, V, KEY_MASK, k_row, v_row, begin, end, rows, S, shift, window, scale,
+def _attend(acc, weight_sum, top, q, K, V, KEY_BIAS, k_row, v_row, begin, end, rows, S, shift, window, scale,
             dropout_keys, threshold, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-            HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
+            HAS_KEY_BIAS: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
             PRECISION: tl.constexpr):
     """Takes in the keys begin .. end - 1, begin a multiple of BLOCK_N. top: the maximum so far of the unscaled scores."""
     BLOCK_D: tl.constexpr = q.shape[1]
     for start in tl.range(begin, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
-        k = load_keys(K, KEY_MASK, start, k_row, S, MASKED, HAS_KEY_MASK, D, BLOCK_D, BLOCK_N)
+        k = load_rows(K, start, k_row, S, MASKED, D, BLOCK_D, BLOCK_N)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if HAS_KEY_BIAS:
+            scores += load_bias(KEY_BIAS, keys, S, MASKED)[None, :]
         if MASKED:
-            seen = visible(rows[:, None], keys[None, :], S, shift, window, KEY_MASK, CAUSAL, WINDOW, HAS_KEY_MASK)
+            seen = visible(rows[:, None], keys[None, :], S, shift, window, CAUSAL, WINDOW)
             scores = tl.where(seen, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         base = new_top * scale
-        if MASKED:  # a row that has seen no key yet: -inf - -inf would be NaN
+        if MASKED or HAS_KEY_BIAS:  # a row that has seen no key yet: -inf - -inf would be NaN
             base = tl.where(new_top == float("-inf"), 0.0, base)
         weights = tl.exp2(scores * scale - base[:, None])
         rescale = tl.exp2(top * scale - base)
         weight_sum = weight_sum * rescale + tl.sum(weights, 1)
         if DROPOUT:
             weights = tl.where(keep_mask(dropout_keys[:, None], keys[None, :], threshold), weights, 0.0)
-        v = load_keys(V, KEY_MASK, start, v_row, S, MASKED, HAS_KEY_MASK, D, BLOCK_D, BLOCK_N)
+        v = load_rows(V, start, v_row, S, MASKED, D, BLOCK_D, BLOCK_N)
         acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
         top = new_top
     return acc, weight_sum, top
@@ -66,9 +68,9 @@ def _attend(acc, weight_sum, top, q, K, V, KEY_MASK, k_row, v_row, begin, end, r
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold", "window"])
 def attention_forward_kernel(
-        Q, K, V, OUT, LSE, KEY_MASK, Q_STARTS, K_STARTS, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head,
+        Q, K, V, OUT, LSE, KEY_BIAS, Q_STARTS, K_STARTS, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head,
         v_row, o_batch, o_head, o_row, lse_head, H, T, S, scale, seed_low, seed_high, threshold, keep_scale, window,
-        GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+        GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_KEY_BIAS: tl.constexpr,
         PACKED: tl.constexpr, DROPOUT: tl.constexpr, HAS_LSE: tl.constexpr, NEGATIVE: tl.constexpr, D: tl.constexpr,
         BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """OUT = softmax(Q K^T * scale) V. GROUP query heads share a key head.
@@ -85,8 +87,8 @@ def attention_forward_kernel(
         return
     k_offset, _ = sequence(K_STARTS, b, k_batch, k_row, S, PACKED)
     v_offset, S = sequence(K_STARTS, b, v_batch, v_row, S, PACKED)
-    if HAS_KEY_MASK:
-        KEY_MASK += b.to(tl.int64) * S
+    if HAS_KEY_BIAS:
+        KEY_BIAS += b.to(tl.int64) * S
     shift = S - T
     g = (h // GROUP).to(tl.int64)
     K += k_offset + g * k_head
@@ -100,18 +102,17 @@ def attention_forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     weight_sum = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    a, inner, outer, end = key_ranges(first_row, S, shift, window, CAUSAL, WINDOW, HAS_KEY_MASK, BLOCK_M, BLOCK_N)
+    a, inner, outer, end = key_ranges(first_row, S, shift, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
     if WINDOW:
         acc, weight_sum, top = _attend(
-            acc, weight_sum, top, q, K, V, KEY_MASK, k_row, v_row, a, inner, rows, S, shift, window, scale, dropout_keys,
-            threshold, True, CAUSAL, WINDOW, HAS_KEY_MASK, DROPOUT, D, BLOCK_N, PRECISION)
-    if not HAS_KEY_MASK:
-        acc, weight_sum, top = _attend(
-            acc, weight_sum, top, q, K, V, KEY_MASK, k_row, v_row, inner, outer, rows, S, shift, window, scale,
-            dropout_keys, threshold, False, CAUSAL, WINDOW, HAS_KEY_MASK, DROPOUT, D, BLOCK_N, PRECISION)
+            acc, weight_sum, top, q, K, V, KEY_BIAS, k_row, v_row, a, inner, rows, S, shift, window, scale, dropout_keys,
+            threshold, True, CAUSAL, WINDOW, HAS_KEY_BIAS, DROPOUT, D, BLOCK_N, PRECISION)
     acc, weight_sum, top = _attend(
-        acc, weight_sum, top, q, K, V, KEY_MASK, k_row, v_row, outer, end, rows, S, shift, window, scale, dropout_keys,
-        threshold, True, CAUSAL, WINDOW, HAS_KEY_MASK, DROPOUT, D, BLOCK_N, PRECISION)
+        acc, weight_sum, top, q, K, V, KEY_BIAS, k_row, v_row, inner, outer, rows, S, shift, window, scale,
+        dropout_keys, threshold, False, CAUSAL, WINDOW, HAS_KEY_BIAS, DROPOUT, D, BLOCK_N, PRECISION)
+    acc, weight_sum, top = _attend(
+        acc, weight_sum, top, q, K, V, KEY_BIAS, k_row, v_row, outer, end, rows, S, shift, window, scale, dropout_keys,
+        threshold, True, CAUSAL, WINDOW, HAS_KEY_BIAS, DROPOUT, D, BLOCK_N, PRECISION)
 
     # A row that sees no key: its sum is 0, its output 0, its log-sum-exp -inf
     empty = weight_sum == 0
@@ -129,7 +130,7 @@ def attention_forward_kernel(
 def forward(q, k, v, key_mask, seed, causal, scale, dropout_p, window, keep_lse, packing=None):
     """packing: (starts of the queries, of the keys) for batches of one that hold many sequences."""
     q, k, v = unit_stride(q, k, v)
-    key_mask = bytes_of(key_mask)
+    key_bias, k, v = hide_keys(key_mask, k, v)
     out, lse = empty_joinable(q), empty_lse(q, keep_lse)
     (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
     rows, starts = T, (None, None)
@@ -137,11 +138,11 @@ def forward(q, k, v, key_mask, seed, causal, scale, dropout_p, window, keep_lse,
         starts, B = packing, len(packing[0]) - 1
         T, S = map(longest, starts)
     block_m, block_n, options = attention_config("forward", architecture(q.device), q.dtype, block_d(D),
-                                                 bool(dropout_p or window or key_mask is not None))
+                                                 bool(dropout_p or window), key_mask is not None)
     launch(attention_forward_kernel, B * H * triton.cdiv(T, block_m),
-           (q, k, v, out, lse, key_mask, *starts, *head_strides(q), *head_strides(k), *head_strides(v),
+           (q, k, v, out, lse, key_bias, *starts, *head_strides(q), *head_strides(k), *head_strides(v),
             *head_strides(out), rows, H, T, S, positive_scale(scale), *dropout_arguments(dropout_p, seed), window),
-           {"GROUP": H // G, "CAUSAL": causal, "WINDOW": window > 0, "HAS_KEY_MASK": key_mask is not None,
+           {"GROUP": H // G, "CAUSAL": causal, "WINDOW": window > 0, "HAS_KEY_BIAS": key_mask is not None,
                 "PACKED": packing is not None, "DROPOUT": dropout_p > 0, "HAS_LSE": keep_lse, "NEGATIVE": scale < 0, "D": D,
                 "BLOCK_D": block_d(D), "BLOCK_M": block_m, "BLOCK_N": block_n, "PRECISION": precision(q.dtype)}, **options)
     return out, lse

@@ -15,10 +15,11 @@ from fastgpt.kernels.dropout import dropout_arguments, keep_mask, row_keys
 from fastgpt.kernels.launch import architecture, dense, launch
 from fastgpt.kernels.tiles import (
     block_d,
-    bytes_of,
     head_strides,
+    hide_keys,
     key_ranges,
-    load_keys,
+    load_bias,
+    load_lse,
     load_rows,
     longest,
     positive_scale,
@@ -30,24 +31,24 @@ from fastgpt.kernels.tiles import (
 )
 from fastgpt.kernels.tuning import attention_config
 
-LOG2E = tl.constexpr(1.4426950408889634)
-
 
 @triton.jit
-def _add_dq(dq, q, dout, lse, delta, K, V, KEY_MASK, k_row, v_row, begin, end, rows, S, shift, window, scale,
+def _add_dq(dq, q, dout, lse, delta, K, V, KEY_BIAS, k_row, v_row, begin, end, rows, S, shift, window, scale,
             dropout_keys, threshold, keep_scale, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-            HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
+            HAS_KEY_BIAS: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
             PRECISION: tl.constexpr):
     """Adds what the keys begin .. end - 1 give to dq, but for the scale. lse: times log2(e)."""
     BLOCK_D: tl.constexpr = q.shape[1]
     for start in tl.range(begin, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
-        k = load_keys(K, KEY_MASK, start, k_row, S, MASKED, HAS_KEY_MASK, D, BLOCK_D, BLOCK_N)
-        v = load_keys(V, KEY_MASK, start, v_row, S, MASKED, HAS_KEY_MASK, D, BLOCK_D, BLOCK_N)
+        k = load_rows(K, start, k_row, S, MASKED, D, BLOCK_D, BLOCK_N)
+        v = load_rows(V, start, v_row, S, MASKED, D, BLOCK_D, BLOCK_N)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if HAS_KEY_BIAS:
+            scores += load_bias(KEY_BIAS, keys, S, MASKED)[None, :]
         weights = tl.exp2(scores * scale - lse[:, None])
         if MASKED:
-            seen = visible(rows[:, None], keys[None, :], S, shift, window, KEY_MASK, CAUSAL, WINDOW, HAS_KEY_MASK)
+            seen = visible(rows[:, None], keys[None, :], S, shift, window, CAUSAL, WINDOW)
             weights = tl.where(seen, weights, 0.0)
         dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         if DROPOUT:
@@ -60,10 +61,10 @@ def _add_dq(dq, q, dout, lse, delta, K, V, KEY_MASK, k_row, v_row, begin, end, r
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold", "window"])
 def attention_dq_kernel(
-        Q, K, V, OUT, DOUT, LSE, DELTA, DQ, KEY_MASK, Q_STARTS, K_STARTS, q_batch, q_head, q_row, k_batch, k_head, k_row,
+        Q, K, V, OUT, DOUT, LSE, DELTA, DQ, KEY_BIAS, Q_STARTS, K_STARTS, q_batch, q_head, q_row, k_batch, k_head, k_row,
         v_batch, v_head, v_row, o_batch, o_head, o_row, do_batch, do_head, do_row, dq_batch, dq_head, dq_row, lse_head, H,
         T, S, scale, signed_scale, seed_low, seed_high, threshold, keep_scale, window, GROUP: tl.constexpr,
-        CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_KEY_MASK: tl.constexpr, PACKED: tl.constexpr,
+        CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, PACKED: tl.constexpr,
         DROPOUT: tl.constexpr, NEGATIVE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
         BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """DQ, and DELTA (as LSE): the row sums of OUT * DOUT. The arguments are those of attention_forward_kernel."""
@@ -78,8 +79,8 @@ def attention_dq_kernel(
     k_offset, _ = sequence(K_STARTS, b, k_batch, k_row, S, PACKED)
     v_offset, S = sequence(K_STARTS, b, v_batch, v_row, S, PACKED)
     lse_offset, _ = sequence(Q_STARTS, b, H.to(tl.int64) * lse_head, 1, T, PACKED)
-    if HAS_KEY_MASK:
-        KEY_MASK += b.to(tl.int64) * S
+    if HAS_KEY_BIAS:
+        KEY_BIAS += b.to(tl.int64) * S
     shift = S - T
     h64, g = h.to(tl.int64), (h // GROUP).to(tl.int64)
     K += k_offset + g * k_head
@@ -91,44 +92,44 @@ def attention_dq_kernel(
     at = lse_offset + h64 * lse_head + rows
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     tl.store(DELTA + at, delta, mask=rows < T)
-    lse = tl.load(LSE + at, mask=rows < T, other=float("inf")) * LOG2E
+    lse = load_lse(LSE + lse_offset + h64 * lse_head, rows, T, HAS_KEY_BIAS)
     if NEGATIVE:
         q = -q
     dropout_keys = row_keys(seed_low, seed_high, b, h, rows) if DROPOUT else rows
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    a, inner, outer, end = key_ranges(first_row, S, shift, window, CAUSAL, WINDOW, HAS_KEY_MASK, BLOCK_M, BLOCK_N)
+    a, inner, outer, end = key_ranges(first_row, S, shift, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
     if WINDOW:
-        dq = _add_dq(dq, q, dout, lse, delta, K, V, KEY_MASK, k_row, v_row, a, inner, rows, S, shift, window, scale,
-                     dropout_keys, threshold, keep_scale, True, CAUSAL, WINDOW, HAS_KEY_MASK, DROPOUT, D, BLOCK_N,
+        dq = _add_dq(dq, q, dout, lse, delta, K, V, KEY_BIAS, k_row, v_row, a, inner, rows, S, shift, window, scale,
+                     dropout_keys, threshold, keep_scale, True, CAUSAL, WINDOW, HAS_KEY_BIAS, DROPOUT, D, BLOCK_N,
                      PRECISION)
-    if not HAS_KEY_MASK:
-        dq = _add_dq(dq, q, dout, lse, delta, K, V, KEY_MASK, k_row, v_row, inner, outer, rows, S, shift, window, scale,
-                     dropout_keys, threshold, keep_scale, False, CAUSAL, WINDOW, HAS_KEY_MASK, DROPOUT, D, BLOCK_N,
-                     PRECISION)
-    dq = _add_dq(dq, q, dout, lse, delta, K, V, KEY_MASK, k_row, v_row, outer, end, rows, S, shift, window, scale,
-                 dropout_keys, threshold, keep_scale, True, CAUSAL, WINDOW, HAS_KEY_MASK, DROPOUT, D, BLOCK_N, PRECISION)
+    dq = _add_dq(dq, q, dout, lse, delta, K, V, KEY_BIAS, k_row, v_row, inner, outer, rows, S, shift, window, scale,
+                 dropout_keys, threshold, keep_scale, False, CAUSAL, WINDOW, HAS_KEY_BIAS, DROPOUT, D, BLOCK_N,
+                 PRECISION)
+    dq = _add_dq(dq, q, dout, lse, delta, K, V, KEY_BIAS, k_row, v_row, outer, end, rows, S, shift, window, scale,
+                 dropout_keys, threshold, keep_scale, True, CAUSAL, WINDOW, HAS_KEY_BIAS, DROPOUT, D, BLOCK_N, PRECISION)
     # Only now, so that it holds no registers in the loops
     dq_offset, _ = sequence(Q_STARTS, b, dq_batch, dq_row, T, PACKED)
     store_rows(DQ + dq_offset + h64 * dq_head, dq * signed_scale, first_row, dq_row, T, D, BLOCK_D, BLOCK_M)
 
 
 @triton.jit
-def _add_dk_dv(dk, dv, k, v, Q, DOUT, LSE, DELTA, KEY_MASK, q_row, do_row, begin, end, keys, T, S, shift, window, scale,
+def _add_dk_dv(dk, dv, k, v, Q, DOUT, LSE, DELTA, bias, q_row, do_row, begin, end, keys, T, S, shift, window, scale,
                seed_low, seed_high, b, h, threshold, keep_scale, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
-               WINDOW: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
+               WINDOW: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
                BLOCK_M: tl.constexpr, PRECISION: tl.constexpr):
     """Adds what the queries begin .. end - 1 of a head give, dk but for the scale. Tiles are (keys, queries)."""
     BLOCK_D: tl.constexpr = k.shape[1]
     for start in tl.range(begin, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         q = load_rows(Q, start, q_row, T, True, D, BLOCK_D, BLOCK_M)
-        # Rows beyond T: 2**(0 - inf) = 0
-        lse = tl.load(LSE + rows, mask=rows < T, other=float("inf")) * LOG2E
+        lse = load_lse(LSE, rows, T, HAS_KEY_BIAS)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        if HAS_KEY_BIAS:
+            scores += bias[:, None]
         weights = tl.exp2(scores * scale - lse[None, :])
         if MASKED:
-            seen = visible(rows[None, :], keys[:, None], S, shift, window, KEY_MASK, CAUSAL, WINDOW, HAS_KEY_MASK)
+            seen = visible(rows[None, :], keys[:, None], S, shift, window, CAUSAL, WINDOW)
             weights = tl.where(seen, weights, 0.0)
         dout = load_rows(DOUT, start, do_row, T, True, D, BLOCK_D, BLOCK_M)
         delta = tl.load(DELTA + rows, mask=rows < T, other=0.0)
@@ -145,33 +146,32 @@ def _add_dk_dv(dk, dv, k, v, Q, DOUT, LSE, DELTA, KEY_MASK, q_row, do_row, begin
 
 
 @triton.jit
-def _add_head(dk, dv, k, v, Q, DOUT, LSE, DELTA, KEY_MASK, q_head, q_row, do_head, do_row, lse_head, keys, T, S, shift,
+def _add_head(dk, dv, k, v, Q, DOUT, LSE, DELTA, bias, q_head, q_row, do_head, do_row, lse_head, keys, T, S, shift,
               window, scale, seed_low, seed_high, b, h, threshold, keep_scale, a, inner, outer, end, CAUSAL: tl.constexpr,
-              WINDOW: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
+              WINDOW: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
               BLOCK_M: tl.constexpr, PRECISION: tl.constexpr):
     """Adds what the queries of head h give."""
     h64 = tl.cast(h, tl.int64)
     Q, DOUT, LSE, DELTA = Q + h64 * q_head, DOUT + h64 * do_head, LSE + h64 * lse_head, DELTA + h64 * lse_head
-    dk, dv = _add_dk_dv(dk, dv, k, v, Q, DOUT, LSE, DELTA, KEY_MASK, q_row, do_row, a, inner, keys, T, S, shift, window,
-                        scale, seed_low, seed_high, b, h, threshold, keep_scale, True, CAUSAL, WINDOW, HAS_KEY_MASK,
+    dk, dv = _add_dk_dv(dk, dv, k, v, Q, DOUT, LSE, DELTA, bias, q_row, do_row, a, inner, keys, T, S, shift, window,
+                        scale, seed_low, seed_high, b, h, threshold, keep_scale, True, CAUSAL, WINDOW, HAS_KEY_BIAS,
                         DROPOUT, D, BLOCK_M, PRECISION)
-    if not HAS_KEY_MASK:
-        dk, dv = _add_dk_dv(dk, dv, k, v, Q, DOUT, LSE, DELTA, KEY_MASK, q_row, do_row, inner, outer, keys, T, S, shift,
-                            window, scale, seed_low, seed_high, b, h, threshold, keep_scale, False, CAUSAL, WINDOW,
-                            HAS_KEY_MASK, DROPOUT, D, BLOCK_M, PRECISION)
+    dk, dv = _add_dk_dv(dk, dv, k, v, Q, DOUT, LSE, DELTA, bias, q_row, do_row, inner, outer, keys, T, S, shift,
+                        window, scale, seed_low, seed_high, b, h, threshold, keep_scale, False, CAUSAL, WINDOW,
+                        HAS_KEY_BIAS, DROPOUT, D, BLOCK_M, PRECISION)
     if WINDOW:
-        dk, dv = _add_dk_dv(dk, dv, k, v, Q, DOUT, LSE, DELTA, KEY_MASK, q_row, do_row, outer, end, keys, T, S, shift,
+        dk, dv = _add_dk_dv(dk, dv, k, v, Q, DOUT, LSE, DELTA, bias, q_row, do_row, outer, end, keys, T, S, shift,
                             window, scale, seed_low, seed_high, b, h, threshold, keep_scale, True, CAUSAL, WINDOW,
-                            HAS_KEY_MASK, DROPOUT, D, BLOCK_M, PRECISION)
+                            HAS_KEY_BIAS, DROPOUT, D, BLOCK_M, PRECISION)
     return dk, dv
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold", "window"])
 def attention_dk_dv_kernel(
-        Q, K, V, DOUT, LSE, DELTA, DK, DV, KEY_MASK, Q_STARTS, K_STARTS, q_batch, q_head, q_row, k_batch, k_head, k_row,
+        Q, K, V, DOUT, LSE, DELTA, DK, DV, KEY_BIAS, Q_STARTS, K_STARTS, q_batch, q_head, q_row, k_batch, k_head, k_row,
         v_batch, v_head, v_row, do_batch, do_head, do_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row, lse_head,
         H, T, S, scale, signed_scale, seed_low, seed_high, threshold, keep_scale, window, GROUP: tl.constexpr,
-        CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_KEY_MASK: tl.constexpr, PACKED: tl.constexpr,
+        CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, PACKED: tl.constexpr,
         DROPOUT: tl.constexpr, NEGATIVE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
         BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, LOOP: tl.constexpr):
     """DK and DV of BLOCK_N keys. The first keys come first: under a causal mask they are seen by the most queries.
@@ -189,28 +189,29 @@ def attention_dk_dv_kernel(
     q_offset, _ = sequence(Q_STARTS, b, q_batch, q_row, T, PACKED)
     do_offset, _ = sequence(Q_STARTS, b, do_batch, do_row, T, PACKED)
     lse_offset, T = sequence(Q_STARTS, b, H.to(tl.int64) * lse_head, 1, T, PACKED)
-    if HAS_KEY_MASK:
-        KEY_MASK += b.to(tl.int64) * S
+    if HAS_KEY_BIAS:
+        KEY_BIAS += b.to(tl.int64) * S
     shift = S - T
     g64 = g.to(tl.int64)
     keys = first_key + tl.arange(0, BLOCK_N)
-    k = load_keys(K + k_offset + g64 * k_head, KEY_MASK, first_key, k_row, S, True, HAS_KEY_MASK, D, BLOCK_D, BLOCK_N)
-    v = load_keys(V + v_offset + g64 * v_head, KEY_MASK, first_key, v_row, S, True, HAS_KEY_MASK, D, BLOCK_D, BLOCK_N)
+    bias = load_bias(KEY_BIAS, keys, S, True) if HAS_KEY_BIAS else keys
+    k = load_rows(K + k_offset + g64 * k_head, first_key, k_row, S, True, D, BLOCK_D, BLOCK_N)
+    v = load_rows(V + v_offset + g64 * v_head, first_key, v_row, S, True, D, BLOCK_D, BLOCK_N)
     if NEGATIVE:
         k = -k
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    a, inner, outer, end = row_ranges(first_key, T, S, shift, window, CAUSAL, WINDOW, HAS_KEY_MASK, BLOCK_M, BLOCK_N)
+    a, inner, outer, end = row_ranges(first_key, T, S, shift, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
     Q, DOUT, LSE, DELTA = Q + q_offset, DOUT + do_offset, LSE + lse_offset, DELTA + lse_offset
     if not LOOP:
-        dk, dv = _add_head(dk, dv, k, v, Q, DOUT, LSE, DELTA, KEY_MASK, q_head, q_row, do_head, do_row, lse_head, keys, T,
+        dk, dv = _add_head(dk, dv, k, v, Q, DOUT, LSE, DELTA, bias, q_head, q_row, do_head, do_row, lse_head, keys, T,
                            S, shift, window, scale, seed_low, seed_high, b, g, threshold, keep_scale, a, inner, outer, end,
-                           CAUSAL, WINDOW, HAS_KEY_MASK, DROPOUT, D, BLOCK_M, PRECISION)
+                           CAUSAL, WINDOW, HAS_KEY_BIAS, DROPOUT, D, BLOCK_M, PRECISION)
     else:
         for h in range(g * GROUP, (g + 1) * GROUP):
-            dk, dv = _add_head(dk, dv, k, v, Q, DOUT, LSE, DELTA, KEY_MASK, q_head, q_row, do_head, do_row, lse_head, keys,
+            dk, dv = _add_head(dk, dv, k, v, Q, DOUT, LSE, DELTA, bias, q_head, q_row, do_head, do_row, lse_head, keys,
                                T, S, shift, window, scale, seed_low, seed_high, b, h, threshold, keep_scale, a, inner,
-                               outer, end, CAUSAL, WINDOW, HAS_KEY_MASK, DROPOUT, D, BLOCK_M, PRECISION)
+                               outer, end, CAUSAL, WINDOW, HAS_KEY_BIAS, DROPOUT, D, BLOCK_M, PRECISION)
     # Only now, so that they hold no registers in the loops
     dk_offset, _ = sequence(K_STARTS, b, dk_batch, dk_row, S, PACKED)
     store_rows(DK + dk_offset + g64 * dk_head, dk * signed_scale, first_key, dk_row, S, D, BLOCK_D, BLOCK_N)
@@ -222,7 +223,7 @@ def backward(dout, q, k, v, out, lse, key_mask, seed, causal, scale, dropout_p, 
     """-> dq, dk, dv. packing as in `attention.forward`."""
     dout, q, k, v, out = unit_stride(dout, q, k, v, out)
     lse, = dense(lse)
-    key_mask = bytes_of(key_mask)
+    key_bias, k, v = hide_keys(key_mask, k, v)
     dq, dk, dv, delta = empty_joinable(q), empty_joinable(k), empty_joinable(v), torch.empty_like(lse)
     (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
     if H == 0:
@@ -231,19 +232,20 @@ def backward(dout, q, k, v, out, lse, key_mask, seed, causal, scale, dropout_p, 
     if packing is not None:
         starts, B = packing, len(packing[0]) - 1
         T, S = map(longest, starts)
-    arch, width, busy = architecture(q.device), block_d(D), bool(dropout_p or window)
+    arch, width = architecture(q.device), block_d(D)
+    call = q.dtype, width, bool(dropout_p or window), key_mask is not None
     numbers = (rows, H, T, S, positive_scale(scale), float(scale), *dropout_arguments(dropout_p, seed), window)
-    constants = {"GROUP": H // G, "CAUSAL": causal, "WINDOW": window > 0, "HAS_KEY_MASK": key_mask is not None,
+    constants = {"GROUP": H // G, "CAUSAL": causal, "WINDOW": window > 0, "HAS_KEY_BIAS": key_mask is not None,
                      "PACKED": packing is not None, "DROPOUT": dropout_p > 0, "NEGATIVE": scale < 0, "D": D, "BLOCK_D": width,
                      "PRECISION": precision(q.dtype)}
     inputs = (*head_strides(q), *head_strides(k), *head_strides(v))
-    block_m, block_n, options = attention_config("dq", arch, q.dtype, width, busy)
+    block_m, block_n, options = attention_config("dq", arch, *call)
     launch(attention_dq_kernel, B * H * triton.cdiv(T, block_m),
-           (q, k, v, out, dout, lse, delta, dq, key_mask, *starts, *inputs, *head_strides(out), *head_strides(dout),
+           (q, k, v, out, dout, lse, delta, dq, key_bias, *starts, *inputs, *head_strides(out), *head_strides(dout),
             *head_strides(dq), *numbers), dict(constants, BLOCK_M=block_m, BLOCK_N=block_n), **options)
-    block_m, block_n, options = attention_config("dk_dv", arch, q.dtype, width, busy)
+    block_m, block_n, options = attention_config("dk_dv", arch, *call)
     launch(attention_dk_dv_kernel, B * G * triton.cdiv(S, block_n),
-           (q, k, v, dout, lse, delta, dk, dv, key_mask, *starts, *inputs, *head_strides(dout), *head_strides(dk),
+           (q, k, v, dout, lse, delta, dk, dv, key_bias, *starts, *inputs, *head_strides(dout), *head_strides(dk),
             *head_strides(dv), *numbers), dict(constants, BLOCK_M=block_m, BLOCK_N=block_n, LOOP=H > G or arch > 80), **options)
     return dq, dk, dv
 

@@ -33,19 +33,6 @@ def load_rows(X, first, row_stride, length, CHECKED: tl.constexpr, D: tl.constex
 
 
 @triton.jit
-def load_keys(X, KEY_MASK, first, row_stride, length, CHECKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-              D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
-    """`load_rows` of keys or values, those that KEY_MASK hides as zeros: their numbers may be NaN, and 0 * NaN is NaN."""
-    if HAS_KEY_MASK:
-        i, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-        shown = tl.load(KEY_MASK + first + i, mask=first + i < length, other=0) != 0
-        at = X + tl.cast(first, tl.int64) * row_stride + i[:, None] * row_stride + d[None, :]
-        return tl.load(at, mask=shown[:, None] & (d < D)[None, :], other=0.0)
-    else:
-        return load_rows(X, first, row_stride, length, CHECKED, D, BLOCK_D, BLOCK)
-
-
-@triton.jit
 def store_rows(X, values, first, row_stride, length, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
     """The inverse of `load_rows`, rounding to X's dtype."""
     i, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
@@ -54,24 +41,35 @@ def store_rows(X, values, first, row_stride, length, D: tl.constexpr, BLOCK_D: t
 
 
 @triton.jit
-def visible(rows, keys, S, shift, window, KEY_MASK, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-            HAS_KEY_MASK: tl.constexpr):
-    """Which keys the rows see; rows and keys are blocks of int32 that broadcast against each other.
+def load_bias(KEY_BIAS, keys, S, CHECKED: tl.constexpr):
+    """What a key mask adds to the scores of some keys."""
+    return tl.load(KEY_BIAS + keys, mask=keys < S, other=0.0) if CHECKED else tl.load(KEY_BIAS + keys)
 
-    Row i sees the keys up to i + shift, of those the last `window`, and only those below S that KEY_MASK shows.
+
+@triton.jit
+def load_lse(LSE, rows, T, HAS_KEY_BIAS: tl.constexpr):
+    """Of some rows, times log2(e), for 2**(score - lse): infinite for rows beyond T, and for those that a key mask
+    leaves no key: -inf - -inf would be NaN. Without one, `visible` has hidden all of such a row."""
+    lse = tl.load(LSE + rows, mask=rows < T, other=float("inf")) * 1.4426950408889634
+    return tl.where(lse == float("-inf"), float("inf"), lse) if HAS_KEY_BIAS else lse
+
+
+@triton.jit
+def visible(rows, keys, S, shift, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Which keys the rows see by their places; rows and keys are blocks of int32 that broadcast against each other.
+
+    Row i sees the keys up to i + shift, of those the last `window`, and only those below S.
     """
     seen = keys < S
     if CAUSAL:
         seen = seen & (keys <= rows + shift)
     if WINDOW:
         seen = seen & (keys > rows + shift - window)
-    if HAS_KEY_MASK:
-        seen = seen & (tl.load(KEY_MASK + keys, mask=keys < S, other=0) != 0)
     return seen
 
 
 @triton.jit
-def key_ranges(first_row, S, shift, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ALL_MASKED: tl.constexpr,
+def key_ranges(first_row, S, shift, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Multiples a <= b <= c of BLOCK_N and an end: of the keys that the rows from first_row on see, a..b and c..end need
     masks, and every row sees all of b..c."""
@@ -86,14 +84,11 @@ def key_ranges(first_row, S, shift, window, CAUSAL: tl.constexpr, WINDOW: tl.con
         b = tl.cdiv(tl.maximum(first_row + BLOCK_M + shift - window, 0), BLOCK_N) * BLOCK_N
         b = tl.maximum(tl.minimum(b, tl.cdiv(end, BLOCK_N) * BLOCK_N), a)
         c = tl.maximum(b, c)
-    if ALL_MASKED:
-        b = a
-        c = a
     return a, b, c, end
 
 
 @triton.jit
-def row_ranges(first_key, T, S, shift, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ALL_MASKED: tl.constexpr,
+def row_ranges(first_key, T, S, shift, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Multiples a <= b <= c of BLOCK_M and an end: of the rows that see the keys from first_key on, a..b and c..end need
     masks, and all of b..c see every key. Keys beyond S need none: what they give is not stored."""
@@ -107,11 +102,6 @@ def row_ranges(first_key, T, S, shift, window, CAUSAL: tl.constexpr, WINDOW: tl.
         c = tl.maximum(tl.minimum(T, first_key - shift + window), 0) // BLOCK_M * BLOCK_M
         b = tl.minimum(b, tl.cdiv(end, BLOCK_M) * BLOCK_M)
         c = tl.maximum(b, c)
-    if ALL_MASKED and not WINDOW:
-        b = end
-        c = end
-    elif ALL_MASKED:
-        c = b
     return a, b, c, end
 
 
@@ -125,9 +115,13 @@ def longest(starts):
     return max(starts.diff().tolist(), default=0)
 
 
-def bytes_of(mask):
-    """A contiguous bool tensor as bytes; None stays None."""
-    return None if mask is None else mask.contiguous().view(torch.uint8)
+def hide_keys(key_mask, *keys):
+    """A mask (B, S) as what it adds to scores, 0 or -inf, and of tensors (B, G, S, D) the rows that it hides as zeros: they may
+    hold NaN, and 0 * NaN is NaN. A pass over them here costs less than masked loads in the kernels' loops."""
+    if key_mask is None:
+        return None, *keys
+    bias = torch.zeros(key_mask.shape, dtype=torch.float32, device=key_mask.device).masked_fill(~key_mask, float("-inf"))
+    return bias, *(x.where(key_mask[:, None, :, None], 0) for x in keys)
 
 
 def block_d(D):

@@ -25,7 +25,7 @@ GELU_PROGRAMS = 8  # per multiprocessor, when the sum for dbias is wanted
 
 
 # Attention, 16-bit types: (kernel, architecture) -> {width of a head's tile: (BLOCK_M, BLOCK_N, num_warps, num_stages)}.
-# Chosen by predicted efficiency among the configurations without spilled registers (docs/gpu.md has the figures).
+# Chosen by predicted efficiency among the configurations without spilled registers (README.md has the figures).
 # sm_80, forward: 128 queries on 4 warps, so that keys read from shared memory serve 32 rows a warp; two stages, since a third
 #   costs the registers that keep two blocks on a processor. At 128 wide that spills: 8 warps of 16 rows, and a busier port.
 # sm_90, forward: 64 queries a warp group, the least that wgmma takes: at 128 registers four blocks fit, and one block's
@@ -41,34 +41,38 @@ ATTENTION = {
     ("dk_dv", 90): {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (32, 128, 8, 3), 256: (16, 32, 4, 1)},
     ("dk_dv", 100): {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (32, 64, 4, 2), 256: (16, 32, 4, 1)},
 }
-# With dropout or a window (forward: or a key mask), where these differ: their registers are taken from the tiles.
+# Where a class of calls takes registers of its own: dropout's hash and a window's third loop, a key mask's bias.
 ATTENTION_BUSY = {
-    ("forward", 80): {64: (128, 64, 8, 3), 128: (128, 32, 8, 3)},
-    ("dq", 80): {64: (64, 64, 4, 3), 128: (64, 32, 4, 3)},
-    ("dk_dv", 80): {64: (32, 64, 8, 3), 128: (32, 64, 8, 3)},
-    ("dk_dv", 90): {64: (32, 64, 4, 3), 128: (16, 128, 8, 3)},
-    ("dk_dv", 100): {64: (32, 64, 4, 3), 128: (32, 64, 8, 3)},
+    ("forward", 80): {16: (128, 64, 8, 3), 32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 32, 8, 3)},
+    ("dq", 80): {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 32, 4, 3)},
+    ("dk_dv", 80): {16: (32, 64, 8, 3), 32: (32, 64, 8, 3), 64: (32, 64, 8, 3), 128: (32, 64, 8, 3)},
+    ("dk_dv", 90): {16: (32, 64, 4, 3), 32: (32, 64, 4, 3), 64: (32, 64, 4, 3), 128: (16, 128, 8, 3)},
+    ("dk_dv", 100): {16: (32, 64, 4, 3), 32: (32, 64, 4, 3), 64: (32, 64, 4, 3), 128: (32, 64, 8, 3)},
+}
+ATTENTION_KEY_MASK = {
+    ("forward", 80): {64: (128, 32, 4, 2)},
+    ("dq", 80): {128: (64, 32, 4, 3)},
+    ("dk_dv", 100): {64: (32, 64, 4, 3)},
 }
 # float32: three TF32 products for each, whose parts fill the registers, so that tiles are small. Above 128 some spill.
 ATTENTION_FLOAT32 = {
-    ("forward", 80): {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
-    ("forward", 90): {64: (64, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
-    ("dq", 80): {64: (32, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 8, 1)},
-    ("dq", 90): {64: (64, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 8, 1)},
-    ("dk_dv", 80): {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
-    ("dk_dv", 90): {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
+    ("forward", 80): {16: (32, 32, 4, 1), 32: (32, 32, 4, 1), 64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
+    ("forward", 90): {16: (64, 32, 4, 1), 32: (64, 32, 4, 1), 64: (64, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
+    ("dq", 80): {16: (32, 32, 4, 1), 32: (32, 32, 4, 1), 64: (32, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 8, 1)},
+    ("dq", 90): {16: (64, 32, 4, 1), 32: (64, 32, 4, 1), 64: (64, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 8, 1)},
+    ("dk_dv", 80): {16: (32, 32, 4, 1), 32: (32, 32, 4, 1), 64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
+    ("dk_dv", 90): {16: (32, 32, 4, 1), 32: (32, 32, 4, 1), 64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
 }
 
 
-def attention_config(kernel, arch, dtype, width, busy):
-    """(BLOCK_M, BLOCK_N, options) of "forward", "dq" or "dk_dv" for heads whose tiles are `width` wide. busy: see
-    ATTENTION_BUSY."""
-    tables = [ATTENTION_FLOAT32] if dtype.itemsize == 4 else [ATTENTION_BUSY, ATTENTION] if busy else [ATTENTION]
-    for table in tables:
+def attention_config(kernel, arch, dtype, width, busy, key_mask):
+    """(BLOCK_M, BLOCK_N, options) of "forward", "dq" or "dk_dv" for heads whose tiles are `width` wide. busy: with dropout or
+    a window."""
+    special = [ATTENTION_BUSY] if busy else [ATTENTION_KEY_MASK] if key_mask else []
+    for table in [ATTENTION_FLOAT32] if dtype.itemsize == 4 else [*special, ATTENTION]:
         widths = table.get((kernel, arch)) or table.get((kernel, min(arch, 90)), {})
-        fitting = [w for w in widths if w >= width]
-        if fitting:
-            block_m, block_n, num_warps, num_stages = widths[min(fitting)]
+        if width in widths:
+            block_m, block_n, num_warps, num_stages = widths[width]
             return block_m, block_n, {"num_warps": num_warps, "num_stages": num_stages}
 
 

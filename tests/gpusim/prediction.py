@@ -71,11 +71,11 @@ def specs():
     return [spec for module in kernels.MODULES for spec in getattr(module, "SPECS", ()) if spec.op != "packed_attention"]
 
 
-def rows(archs=ARCHS):
-    """One for each kernel, set of constants and architecture: as JSON has it."""
+def rows(archs=ARCHS, chosen=None):
+    """One for each kernel, set of constants and architecture: as JSON has it. chosen: the names of some specs."""
     found = {}
     for arch in archs:
-        for spec in specs():
+        for spec in (spec for spec in specs() if chosen is None or spec.name in chosen):
             for launch in record(spec, arch):
                 key = arch, launch.name, str(sorted((n, str(c)) for n, c in launch.constants.items()))
                 if key not in found:
@@ -90,7 +90,7 @@ def row(spec, launch, arch):
     description = describe(compiled.asm["cubin"], arch, launch.options["num_warps"], compiled.metadata.shared, flops)
     return {"spec": spec.name, "kernel": launch.name, "arch": arch,
             "config": {**{n: c for n, c in launch.constants.items() if n.startswith("BLOCK")}, **launch.options},
-            "efficiency": rounded(efficiency(launch, description, arch)), "bytes": moved, **chosen(description)}
+            "efficiency": rounded(efficiency(launch, description, arch)), "bytes": moved, **facts(description)}
 
 
 def efficiency(launch, description, arch):
@@ -106,6 +106,6 @@ def rounded(value):
     return None if value is None else round(value, 3)
 
 
-def chosen(description):
+def facts(description):
     names = ("registers", "spills", "shared", "blocks", "warps", "limit", "tensor", "widths", "bound")
     return {name: description[name] for name in names if name in description}

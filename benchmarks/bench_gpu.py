@@ -1,0 +1,480 @@
+"""The Triton kernels on an NVIDIA GPU: are they right there, and how fast are they beside their rivals?
+
+    pip install -e '.[gpu]' liger-kernel flash-attn; python -m benchmarks.bench_gpu --save gpu
+
+One run, three parts, in bfloat16: every SPEC of the kernels at GPT-2 124M's sizes against the reference in float64, by the
+tests' accuracy rule; the time of ours and of the rivals, whose results must be those of the same function; a training step of
+GPT-2 124M. What is wrong, missing or without such an op is a row that says why. PyTorch's own loss takes the logits in
+float32, as under autocast. The last line is one JSON document.
+"""
+import argparse
+import importlib
+import importlib.metadata
+import sys
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import results, timing, training
+from benchmarks.accuracy import check_results
+from benchmarks.cases import BOTH, FORWARD
+from benchmarks.machine import describe, one_line
+from benchmarks.neighbours import Neighbours
+from fastgpt import GPTConfig, kernels, ops, reference
+
+OURS, PYTORCH, COMPILED, FLASH, LIGER = "fastgpt", "pytorch", "pytorch, compiled", "flash-attn", "liger"
+DTYPE = torch.bfloat16
+FLUSHED = 256 << 20  # bytes written before each call: more than any L2 cache holds
+DELAY = 2_000_000  # clocks, about 1 ms: the host has queued a call before the GPU gets to it, so that only the GPU is timed
+WARM_UPS = 3
+LARGEST = 1 << 30  # bytes of the largest float64 matrix that a check makes; it needs about 8 of them
+COPIED, MULTIPLIED = 1 << 30, 8192  # the ceilings: bytes copied, and rows of the square matrices
+ROWS = {"attention": ("q", "k", "v", "key_mask"), "cross_entropy": ("x", "targets")}  # what a check may cut
+HEAD_SIZES, LONG = (64, 128), 4096
+TINY = GPTConfig(block_size=16, vocab_size=101, n_layer=2, n_head=2, n_embd=32)
+COLUMNS = "{:24} {:19} {:19} {:>9} {:>19}  {}"
+
+
+class CudaTimer:
+    """Times calls on the GPU by events, each with cold L2 caches. rounds: how often each contestant takes its turn."""
+
+    def __init__(self, rounds):
+        self.rounds = rounds
+        self.buffer = torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
+
+    def warm_up(self, run):
+        for _ in range(WARM_UPS):
+            run()
+        torch.cuda.synchronize()
+
+    def seconds(self, run):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(DELAY)
+        self.buffer.zero_()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    def allocated(self):
+        """Bytes of tensors on the GPU."""
+        return torch.cuda.memory_allocated()
+
+    def peak(self, run):
+        """The most bytes of tensors on the GPU during a call."""
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+
+
+def compiled(function):
+    """By torch.compile, for fixed shapes; what was compiled before is forgotten, so that no shape is taken to vary."""
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    spec: object
+    inputs: dict  # the tensors that have gradients, by argument
+    others: dict  # the other tensors
+
+    def call(self, module, *tensors):
+        """The op, of fastgpt.ops or fastgpt.reference."""
+        return getattr(module, self.spec.op)(**dict(zip(self.inputs, tensors)), **self.others, **self.spec.options)
+
+    def cut(self):
+        """The case with fewer rows where the reference's matrix in float64 would be larger than LARGEST."""
+        if self.spec.op not in ROWS:
+            return self
+        names, (first, second, *_) = ROWS[self.spec.op], self.inputs.values()
+        row = first[0, ..., 0].numel() * second.shape[-2]  # q and k: H, T, S; x and weight: V
+        rows = max(1, LARGEST // (8 * row))
+        inputs, others = ({n: t[:rows] if n in names else t for n, t in tensors.items()}
+                          for tensors in (self.inputs, self.others))
+        return Case(self.spec, inputs, others)
+
+    def flops(self, what):
+        """Of the matrix products; 0 where memory is what counts."""
+        if self.spec.op == "cross_entropy":
+            return 2 * self.inputs["x"].numel() * len(self.inputs["weight"]) * (3 if what == BOTH else 1)
+        if "attention" not in self.spec.op:
+            return 0
+        q, k = self.inputs["q"], self.inputs["k"]
+        if self.spec.op == "attention":
+            heads, lengths = q.shape[0] * q.shape[1], [(q.shape[2], k.shape[2])]
+        else:
+            heads, lengths = q.shape[1], zip(*(starts.diff().tolist() for starts in self.others.values()))
+        causal, window = self.spec.options.get("causal", True), self.spec.options.get("window")
+        pairs = sum(int(reference.attention_mask(T, S, causal, window=window).sum()) for T, S in lengths)
+        return int(4 * heads * q.shape[-1] * pairs * (3.5 if what == BOTH else 1))
+
+    def bytes(self, what):
+        """That must move at least: what the work needs is read once a pass, each result written once."""
+        inputs = sum(t.nbytes for t in self.inputs.values())
+        read = inputs + sum(t.nbytes for t in self.others.values())
+        outputs = {"cross_entropy": 0, "add_layer_norm": 2}.get(self.spec.op, 1) * next(iter(self.inputs.values())).nbytes
+        return read + outputs if what == FORWARD else 2 * (read + outputs) + inputs
+
+
+def cases(device="cuda", gpt2=True):
+    """Each call of the kernels' SPECS once, and attention over LONG tokens; the tensors of one at a time."""
+    from fastgpt.kernels.spec import Spec
+    specs = [spec for module in kernels.MODULES for spec in getattr(module, "SPECS", ())]
+    specs += [Spec(f"attention of {LONG}, D={D}", "attention", partial(_long_inputs, D)) for D in HEAD_SIZES]
+    seen = set()
+    for spec in specs:
+        meta = spec.inputs(DTYPE, "meta", gpt2)
+        call = spec.op, str(spec.options), str([(n, t.shape) for tensors in meta for n, t in tensors.items()])
+        if call not in seen:
+            seen.add(call)
+            yield Case(spec, *spec.inputs(DTYPE, device, gpt2))
+
+
+def _long_inputs(D, dtype, device, gpt2):
+    """As GPT-2's: views of one tensor, 8192 tokens in all."""
+    B, T, H = (8192 // LONG, LONG, 12) if gpt2 else (1, 20, 1)
+    qkv = torch.randn(B, T, 3, H, D, dtype=dtype, device=device)
+    return {name: x.transpose(1, 2) for name, x in zip("qkv", qkv.unbind(2))}, {}
+
+
+class Step:
+    """Calls a function of tensors once: -> its outputs and, of BOTH, the gradients of all tensors, as one tuple."""
+
+    def __init__(self, function, tensors, what):
+        self.function, self.what, self.gradients = function, what, None
+        self.leaves = [t.detach().requires_grad_(what == BOTH) for t in tensors]
+
+    def __call__(self):
+        outputs = self.function(*self.leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        if self.what == FORWARD:
+            return outputs
+        self.gradients = self.gradients or _gradients(outputs)
+        return *(o.detach() for o in outputs), *torch.autograd.grad(outputs, self.leaves, self.gradients)
+
+
+def _gradients(outputs):
+    """The same numbers for every contestant, laid out as its own outputs are; 1 for a loss, as in training."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.empty_like(o).copy_(torch.randn(o.shape, generator=generator).to(DTYPE)) if o.dim() else torch.ones_like(o)
+            for o in outputs]
+
+
+def _imported(module, package):
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise timing.Failure(f"{error}: pip install {package}") from error
+
+
+# The rivals: (tensors with gradients, the op's other arguments) -> a function of those tensors alone, with everything
+# prepared that need not be done in each call. They raise timing.Failure where there is no such thing.
+
+def _add_norm(norm):
+    """`norm` behind PyTorch's own dropout and add."""
+    def make(inputs, dropout_p=0.0, seed=None):
+        def function(x, residual, weight, bias):
+            total = (F.dropout(x, dropout_p) if dropout_p else x) + residual
+            return norm(total, weight, bias), total
+        return function
+    return make
+
+
+def _sdpa(inputs, causal=True, scale=None, dropout_p=0.0, seed=None, key_mask=None, window=None):
+    q, k = inputs["q"], inputs["k"]
+    (H, T), (G, S) = q.shape[1:3], k.shape[1:3]
+    mask = None
+    if key_mask is not None or window is not None or causal and T != S:
+        mask = reference.attention_mask(T, S, causal, key_mask, q.device, window)
+    return partial(F.scaled_dot_product_attention, attn_mask=mask, dropout_p=dropout_p, scale=scale,
+                   is_causal=causal and mask is None, enable_gqa=H != G)
+
+
+def _varlen(inputs, q_starts, k_starts):
+    attend = _imported("torch.nn.attention.varlen", "'torch>=2.13'").varlen_attn
+    return partial(attend, cu_seq_q=q_starts, cu_seq_k=k_starts, max_q=_longest(q_starts), max_k=_longest(k_starts),
+                   window_size=(-1, 0), enable_gqa=inputs["q"].shape[1] != inputs["k"].shape[1])
+
+
+def _longest(starts):
+    return int(starts.diff().max())
+
+
+def _flash(inputs, causal=True, scale=None, dropout_p=0.0, seed=None, key_mask=None, window=None):
+    if key_mask is not None:
+        raise timing.Failure("flash-attn has no key masks")
+    attend = partial(_imported("flash_attn", "flash-attn").flash_attn_func, dropout_p=dropout_p, softmax_scale=scale,
+                     causal=causal, window_size=(-1, -1) if window is None else (window - 1, 0))
+    return lambda *qkv: attend(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2)
+
+
+def _flash_varlen(inputs, q_starts, k_starts):
+    attend = _imported("flash_attn", "flash-attn").flash_attn_varlen_func
+    return partial(attend, cu_seqlens_q=q_starts, cu_seqlens_k=k_starts, max_seqlen_q=_longest(q_starts),
+                   max_seqlen_k=_longest(k_starts), causal=True)
+
+
+def _liger():
+    return _imported("liger_kernel.transformers.functional", "liger-kernel")
+
+
+def _liger_norm(inputs):
+    return partial(_liger().liger_layer_norm, eps=1e-5)
+
+
+def _liger_add_norm(inputs, **options):
+    return _add_norm(_liger_norm(inputs))(inputs, **options)
+
+
+def _liger_loss(inputs, targets, label_smoothing=0.0, z_loss=0.0, reduction="mean"):
+    loss = _liger().liger_fused_linear_cross_entropy
+    return lambda x, weight: loss(x, weight, targets, label_smoothing=label_smoothing, lse_square_scale=z_loss,
+                                  reduction=reduction)
+
+
+# Liger-Kernel has no GELU alone, only GEGLU. What PyTorch has under another name is the reference's.
+RIVALS = {
+    PYTORCH: {"attention": _sdpa, "packed_attention": _varlen,
+              "add_layer_norm": _add_norm(lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias))},
+    FLASH: {"attention": _flash, "packed_attention": _flash_varlen},
+    LIGER: {"layer_norm": _liger_norm, "add_layer_norm": _liger_add_norm, "cross_entropy": _liger_loss},
+}
+
+
+def contestants(case):
+    """-> (name -> function of the tensors that have gradients, name -> why there is none)."""
+    functions, failures = {OURS: partial(case.call, ops), PYTORCH: partial(case.call, reference)}, {}
+    op = case.spec.op
+    for name, factories in ((name, found) for name, found in RIVALS.items() if op in found):
+        try:
+            functions[name] = factories[op](case.inputs, **case.others, **case.spec.options)
+        except timing.Failure as failure:
+            functions.pop(name, None)
+            failures[name] = str(failure)
+    return functions, failures
+
+
+def check(case):
+    """Name -> why a contestant is wrong or missing. Ours is held to the accuracy rule, the others to half of the dtype's
+    digits: they need not be accurate, only the same function. With dropout their masks differ, and nothing is compared."""
+    case = case.cut()
+    call, tensors = partial(case.call, reference), case.inputs.values()
+    functions, failures = contestants(case)
+    try:
+        truth, pytorch = (guarded(Step(call, leaves, BOTH)) for leaves in ([t.double() for t in tensors], tensors))
+    except timing.Failure as failure:
+        return dict.fromkeys(functions, f"not checked: the reference has no results: {failure}")
+    gradients = [f"gradient of {name}" for name in case.inputs]
+    names = [f"output {i}" for i in range(len(truth) - len(gradients))] + gradients
+    for name, function in functions.items():
+        try:
+            found = guarded(Step(function, tensors, BOTH))
+            if name == OURS:
+                check_results(names, found, truth, pytorch)
+            elif not case.spec.options.get("dropout_p"):
+                _check_function(names, found, truth)
+        except (timing.Failure, AssertionError) as error:
+            failures[name] = str(error)
+    return failures
+
+
+def _check_function(names, found, truth):
+    for name, theirs, true in zip(names, found, truth, strict=True):
+        error = float((theirs.double() - true).norm() / true.norm())
+        assert error <= torch.finfo(DTYPE).eps ** 0.5, f"{name}: norm-relative error {error:.3g}, another function"
+
+
+def guarded(run):
+    """run(), whose errors, of whatever library, are a timing.Failure of one line."""
+    try:
+        return run()
+    except Exception as error:
+        raise timing.Failure(f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}") from error
+
+
+class Contestant:
+    """What `timing.compare` runs, timed by `timer`."""
+
+    def __init__(self, name, run, timer):
+        self.name, self.run, self.timer = name, run, timer
+
+    def prepare(self):
+        guarded(partial(self.timer.warm_up, self.run))
+
+    def sample(self, evict=None):
+        return timing.Sample(guarded(partial(self.timer.seconds, self.run)))
+
+
+def compare(entrants, timer):
+    return timing.compare(entrants, rounds=timer.rounds, neighbours=Neighbours(busy=lambda: None))
+
+
+def ceilings(timer, device="cuda", copied=COPIED, multiplied=MULTIPLIED):
+    """Rows of what the GPU does at best: bytes (read and written) and bfloat16 FLOPs a second."""
+    source = torch.empty(copied, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    a, b = torch.randn(2, multiplied, multiplied, dtype=DTYPE, device=device)
+    result = compare([Contestant("copy", lambda: target.copy_(source), timer),
+                      Contestant("matmul", lambda: torch.matmul(a, b), timer)], timer)
+    work = {"copy": 2 * copied, "matmul": 2 * multiplied ** 3}
+    return [{"ceiling": name, "work": amount, "seconds": result.timing(name), "rate": timing.rate(result.timing(name), amount)}
+            for name, amount in work.items()]
+
+
+def measure(case, timer, what=BOTH, *, failures=(), tops=(), compiler=compiled):
+    """A row for each contestant of a case. failures: check's; tops: ceilings'."""
+    functions, failures = contestants(case)[0], dict(failures)
+    if PYTORCH in failures:
+        failures[COMPILED] = failures[PYTORCH]
+    else:
+        functions[COMPILED] = compiler(functions[PYTORCH])
+    result = compare([Contestant(name, Step(function, case.inputs.values(), what), timer)
+                      for name, function in functions.items() if name not in failures], timer)
+    failures.update(result.failures)
+    known = {"spec": case.spec.name, "op": case.spec.op, "what": what, "dtype": "bfloat16",
+             "shape": ", ".join("x".join(map(str, t.shape)) for t in case.inputs.values()),
+             "flops": case.flops(what), "bytes": case.bytes(what)}
+    return [_row(known, name, result, failures.get(name), tops) for name in (OURS, PYTORCH, COMPILED, FLASH, LIGER)
+            if name in functions or name in failures]
+
+
+def _row(known, name, result, failure, tops):
+    """share: the least time for the work at the ceiling that binds, over the measured one. ratio: how many times faster
+    ours is than this contestant."""
+    seconds = result.timing(name)
+    row = {**known, "contestant": name, "seconds": seconds, "ceiling": None, "share": None,
+           "ratio": None if name == OURS else result.ratio(OURS, name), "failure": failure}
+    if seconds and tops:
+        ideal = {top["ceiling"]: known["flops" if top["ceiling"] == "matmul" else "bytes"] / top["rate"]["median"]
+                 for top in tops}
+        row["ceiling"] = max(ideal, key=ideal.get)
+        row["share"] = timing.rate(seconds, ideal[row["ceiling"]])
+    return row
+
+
+class Trainee(Contestant):
+    """A variant of a training step of one model: random tokens, the same in every step."""
+
+    def __init__(self, name, make, timer):
+        super().__init__(name, None, timer)
+        self.make, self.peak, self.losses = make, None, None
+
+    def prepare(self):
+        before = self.timer.allocated()
+        self.run = guarded(self.make)
+        self.losses = guarded(lambda: [float(self.run()) for _ in range(WARM_UPS)])
+        self.peak = guarded(partial(self.timer.peak, self.run)) - before
+
+
+def training_step(kind, backend, compiler, config, batch, device):
+    """A callable that does one step under autocast and returns its loss. The weights depend on the config alone."""
+    model, optimizer = training.build(kind, config)
+    model.to(device)
+    forward = compiler(model) if compiler else model
+    tokens = torch.randint(config.vocab_size, (batch, config.block_size + 1)).to(device)
+
+    def step():
+        with ops.backend(backend), torch.autocast(tokens.device.type, dtype=DTYPE):
+            loss = forward(tokens[:, :-1], tokens[:, 1:].contiguous())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+    return step
+
+
+def train(timer, config, batch, device="cuda", compiler=compiled):
+    """A row for each variant. "reference" is fastgpt's model on the plain ops, "nanogpt" has PyTorch's own attention.
+    None has figures whose first losses are not those of the reference."""
+    variants = {"reference": ("fastgpt", "reference", None), OURS: ("fastgpt", "triton", None),
+                "reference, compiled": ("fastgpt", "reference", compiler), "nanogpt": ("nanogpt", "reference", None),
+                "nanogpt, compiled": ("nanogpt", "reference", compiler)}
+    entrants = [Trainee(name, partial(training_step, *kind, config, batch, device), timer)
+                for name, kind in variants.items()]
+    result = compare(entrants, timer)
+    for entrant in entrants:
+        if entrant.name not in result.failures and _wrong_losses(entrant.losses, entrants[0].losses):
+            result.fail(entrant.name, timing.Failure(_wrong_losses(entrant.losses, entrants[0].losses)))
+    return [_train_row(entrant, result, batch, config.block_size) for entrant in entrants]
+
+
+def _wrong_losses(losses, expected):
+    """Why the losses are not the expected ones, or None."""
+    if not expected:
+        return "there are no losses of the reference to compare with"
+    near = (abs(loss - other) <= training.LOSS_TOLERANCE["bfloat16"] * other for loss, other in zip(losses, expected))
+    return None if all(near) else f"the first losses are {losses}, expected {expected}"
+
+
+def _train_row(entrant, result, batch, length):
+    seconds = result.timing(entrant.name)
+    return {"spec": "training step", "what": f"{batch}x{length}", "contestant": entrant.name, "seconds": seconds,
+            "tokens_per_second": seconds and timing.rate(seconds, batch * length),
+            "peak_mb": seconds and entrant.peak / 1e6, "losses": entrant.losses,
+            "ratio": None if entrant.name == OURS else result.ratio(OURS, entrant.name),
+            "failure": result.failures.get(entrant.name)}
+
+
+def print_row(row):
+    start, ratio, share = (row["spec"], row["what"], row["contestant"]), row["ratio"], row.get("share")
+    if row["failure"]:
+        print("{:24} {:19} {:19}".format(*start), row["failure"], flush=True)
+        return
+    note = f"{share['median']:.0%} of {row['ceiling']}" if share else ""
+    if "tokens_per_second" in row:
+        note = f"{row['tokens_per_second']['median']:.0f} tokens/s, {row['peak_mb']:.0f} MB"
+    print(COLUMNS.format(*start, f"{row['seconds']['median'] * 1e6:.1f}",
+                         f"{ratio['median']:.2f} ({ratio['q1']:.2f}..{ratio['q3']:.2f})" if ratio else "-", note), flush=True)
+
+
+def run(timer, device="cuda", gpt2=True, compiler=compiled):
+    """All three parts: -> (the ceilings' rows, the others')."""
+    torch.manual_seed(0)
+    tops = ceilings(timer, device) if gpt2 else ceilings(timer, device, 1 << 10, 8)
+    for top in tops:
+        print(f"{top['ceiling']}: {top['rate']['median']:.3g} {'FLOP' if top['ceiling'] == 'matmul' else 'bytes'}/s")
+    print(COLUMNS.format("", "", "", "us", "ours is faster by", "share of its ceiling"))
+    rows = []
+    for case in cases(device, gpt2):
+        failures = check(case)
+        for what in (FORWARD, BOTH):
+            found = measure(case, timer, what, failures=failures, tops=tops, compiler=compiler)
+            rows += found
+            for row in found:
+                print_row(row)
+    trained = train(timer, GPTConfig() if gpt2 else TINY, 8 if gpt2 else 2, device, compiler)
+    for row in trained:
+        print_row(row)
+    return tops, rows + trained
+
+
+def gpu():
+    """What the machine line does not say."""
+    device = torch.cuda.get_device_properties(0)
+    installed = {d.name.replace("_", "-"): d.version for d in importlib.metadata.distributions() if d.name}
+    return {"gpu": device.name, "memory_gb": round(device.total_memory / 2 ** 30, 1), "processors": device.multi_processor_count,
+            "capability": f"{device.major}.{device.minor}", "cuda": torch.version.cuda,
+            "versions": {name: installed.get(name) for name in ("triton", "flash-attn", "liger-kernel")}}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--save", metavar="NAME", help="also write benchmarks/results/NAME.json")
+    options = parser.parse_args(argv)
+    if kernels.MISSING:
+        sys.exit(f"bench_gpu: {kernels.MISSING}")
+    settings = {"rounds": options.rounds, **gpu()}
+    print(f"{settings['gpu']}; {one_line(describe())}")
+    with ops.backend("triton"):
+        tops, rows = run(CudaTimer(options.rounds))
+    results.finish(results.document("gpu", settings, tops, rows), options.save)
+
+
+if __name__ == "__main__":
+    main()
