@@ -16,6 +16,8 @@ SHAPES = [  # B, H, G, T, S, D, causal, with a key mask
     (2, 4, 1, 97, 257, 111, True, False),
     (1, 2, 2, 257, 97, 64, True, True),
     (2, 2, 1, 130, 129, 128, False, True),
+    (1, 2, 1, 70, 70, 96, True, False),
+    (1, 2, 2, 33, 65, 100, True, False),
     (1, 2, 2, 40, 150, 256, True, False),
     (1, 6, 2, 1, 257, 64, True, True),
     (2, 2, 2, 1, 97, 24, False, False),
@@ -153,6 +155,15 @@ def test_packed_sequences(options, dtype, implementation):
     with ops.backend("auto"):
         check_op(lambda q, k, v: ops.packed_attention(q, k, v, *starts, **options), {"q": q, "k": k, "v": v},
                  lambda q, k, v: reference.packed_attention(q, k, v, *starts, **options), unit=unit_of(q))
+
+
+@pytest.mark.parametrize("q_lengths, k_lengths, D", [([0, 1, 0, 1], [0, 3, 0, 5], 64), ([0, 40, 30, 0], [50, 60, 30, 7], 256),
+                                                     ([15, 85, 200], [15, 85, 200], 100)], ids=str)
+def test_packed_sequences_without_rows(q_lengths, k_lengths, D, implementation):
+    q, k, v = (torch.randn(sum(lengths), heads, D) for lengths, heads in ((q_lengths, 3), (k_lengths, 1), (k_lengths, 1)))
+    starts = [torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (q_lengths, k_lengths)]
+    check_op(lambda q, k, v: ops.packed_attention(q, k, v, *starts), {"q": q, "k": k, "v": v},
+             lambda q, k, v: reference.packed_attention(q, k, v, *starts), unit=unit_of(q))
 
 
 @pytest.mark.parametrize("starts, message", [

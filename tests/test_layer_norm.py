@@ -6,7 +6,7 @@ from numerics import check_compiled, check_op
 
 from fastgpt import extension, ops, reference
 
-SHAPES = [(1, 1), (3, 7), (2, 5, 16), (33, 59), (4, 9, 768), (257, 111), (0, 8)]
+SHAPES = [(1, 1), (3, 7), (2, 5, 16), (33, 59), (4, 9, 768), (257, 111), (5, 5000), (0, 8)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
