@@ -2,13 +2,12 @@
 
     pip install -e '.[gpu]' liger-kernel flash-attn; python -m benchmarks.bench_gpu --save gpu
 
-One run, three parts, in bfloat16: every SPEC of the kernels at GPT-2 124M's sizes against the reference in float64, by the
-tests' accuracy rule; the time of ours and of the rivals, whose results must be those of the same function; a training step of
-GPT-2 124M. What is wrong, missing or without such an op is a row that says why. PyTorch's own loss takes the logits in
-float32, as under autocast. The last line is one JSON document.
+In bfloat16: every SPEC of the kernels at GPT-2 124M's sizes against the reference in float64, by the tests' accuracy
+rule; the time of ours and of the rivals, if they compute the same function; a training step of GPT-2. What is wrong,
+missing or without such an op is a row that says why. PyTorch's own loss takes the logits in float32, as under autocast.
+The last line is one JSON document.
 """
 import argparse
-import importlib
 import importlib.metadata
 import sys
 from dataclasses import dataclass
@@ -25,16 +24,16 @@ from benchmarks.neighbours import Neighbours
 from fastgpt import GPTConfig, kernels, ops, reference
 
 OURS, PYTORCH, COMPILED, FLASH, LIGER = "fastgpt", "pytorch", "pytorch, compiled", "flash-attn", "liger"
+LIGER_OPS = "liger_kernel.transformers.functional"
 DTYPE = torch.bfloat16
 FLUSHED = 256 << 20  # bytes written before each call: more than any L2 cache holds
-DELAY = 2_000_000  # clocks, about 1 ms: the host has queued a call before the GPU gets to it, so that only the GPU is timed
+DELAY = 2_000_000  # clocks, about 1 ms: the host has queued a call before the GPU gets to it, and only the GPU is timed
 WARM_UPS = 3
 LARGEST = 1 << 30  # bytes of the largest float64 matrix that a check makes; it needs about 8 of them
-COPIED, MULTIPLIED = 1 << 30, 8192  # the ceilings: bytes copied, and rows of the square matrices
 ROWS = {"attention": ("q", "k", "v", "key_mask"), "cross_entropy": ("x", "targets")}  # what a check may cut
 HEAD_SIZES, LONG = (64, 128), 4096
-TINY = GPTConfig(block_size=16, vocab_size=101, n_layer=2, n_head=2, n_embd=32)
 COLUMNS = "{:24} {:19} {:19} {:>9} {:>19}  {}"
+compiled = partial(torch.compile, dynamic=False)
 
 
 class CudaTimer:
@@ -60,21 +59,14 @@ class CudaTimer:
         return start.elapsed_time(end) / 1e3
 
     def allocated(self):
-        """Bytes of tensors on the GPU."""
         return torch.cuda.memory_allocated()
 
     def peak(self, run):
-        """The most bytes of tensors on the GPU during a call."""
+        """The most bytes of tensors during a call; `allocated`: those of now."""
         torch.cuda.reset_peak_memory_stats()
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-
-
-def compiled(function):
-    """By torch.compile, for fixed shapes; what was compiled before is forgotten, so that no shape is taken to vary."""
-    torch.compiler.reset()
-    return torch.compile(function, dynamic=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +84,7 @@ class Case:
         if self.spec.op not in ROWS:
             return self
         names, (first, second, *_) = ROWS[self.spec.op], self.inputs.values()
-        row = first[0, ..., 0].numel() * second.shape[-2]  # q and k: H, T, S; x and weight: V
-        rows = max(1, LARGEST // (8 * row))
+        rows = max(1, LARGEST // (8 * first[0, ..., 0].numel() * second.shape[-2]))  # q and k: H, T, S; x and weight: V
         inputs, others = ({n: t[:rows] if n in names else t for n, t in tensors.items()}
                           for tensors in (self.inputs, self.others))
         return Case(self.spec, inputs, others)
@@ -114,11 +105,10 @@ class Case:
         return int(4 * heads * q.shape[-1] * pairs * (3.5 if what == BOTH else 1))
 
     def bytes(self, what):
-        """That must move at least: what the work needs is read once a pass, each result written once."""
-        inputs = sum(t.nbytes for t in self.inputs.values())
-        read = inputs + sum(t.nbytes for t in self.others.values())
-        outputs = {"cross_entropy": 0, "add_layer_norm": 2}.get(self.spec.op, 1) * next(iter(self.inputs.values())).nbytes
-        return read + outputs if what == FORWARD else 2 * (read + outputs) + inputs
+        """That must move at least: inputs are read once a pass, results (of the first input's size) written once."""
+        inputs, others = ([t.nbytes for t in tensors.values()] for tensors in (self.inputs, self.others))
+        once = sum(inputs + others) + inputs[0] * {"cross_entropy": 0, "add_layer_norm": 2}.get(self.spec.op, 1)
+        return once if what == FORWARD else 2 * once + sum(inputs)
 
 
 def cases(device="cuda", gpt2=True):
@@ -161,23 +151,22 @@ class Step:
 def _gradients(outputs):
     """The same numbers for every contestant, laid out as its own outputs are; 1 for a loss, as in training."""
     generator = torch.Generator().manual_seed(1)
-    return [torch.empty_like(o).copy_(torch.randn(o.shape, generator=generator).to(DTYPE)) if o.dim() else torch.ones_like(o)
-            for o in outputs]
+    numbers = (torch.randn(o.shape, generator=generator).to(DTYPE) if o.dim() else torch.ones(()) for o in outputs)
+    return [torch.empty_like(o).copy_(values) for o, values in zip(outputs, numbers)]
 
 
-def _imported(module, package):
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise timing.Failure(f"{error}: pip install {package}") from error
+def _imported(module):
+    return guarded(partial(importlib.import_module, module))
 
 
-# The rivals: (tensors with gradients, the op's other arguments) -> a function of those tensors alone, with everything
-# prepared that need not be done in each call. They raise timing.Failure where there is no such thing.
+# The rivals: (tensors with gradients, the op's other arguments) -> a function of those tensors alone, with all prepared
+# that need not be done in each call. They raise timing.Failure where there is no such thing.
 
-def _add_norm(norm):
-    """`norm` behind PyTorch's own dropout and add."""
+def _add_norm(make_norm):
+    """A norm behind PyTorch's own dropout and add."""
     def make(inputs, dropout_p=0.0, seed=None):
+        norm = make_norm(inputs)
+
         def function(x, residual, weight, bias):
             total = (F.dropout(x, dropout_p) if dropout_p else x) + residual
             return norm(total, weight, bias), total
@@ -188,80 +177,67 @@ def _add_norm(norm):
 def _sdpa(inputs, causal=True, scale=None, dropout_p=0.0, seed=None, key_mask=None, window=None):
     q, k = inputs["q"], inputs["k"]
     (H, T), (G, S) = q.shape[1:3], k.shape[1:3]
-    mask = None
-    if key_mask is not None or window is not None or causal and T != S:
-        mask = reference.attention_mask(T, S, causal, key_mask, q.device, window)
+    masked = key_mask is not None or window is not None or causal and T != S
+    mask = reference.attention_mask(T, S, causal, key_mask, q.device, window) if masked else None
     return partial(F.scaled_dot_product_attention, attn_mask=mask, dropout_p=dropout_p, scale=scale,
-                   is_causal=causal and mask is None, enable_gqa=H != G)
+                   is_causal=causal and not masked, enable_gqa=H != G)
 
 
 def _varlen(inputs, q_starts, k_starts):
-    attend = _imported("torch.nn.attention.varlen", "'torch>=2.13'").varlen_attn
-    return partial(attend, cu_seq_q=q_starts, cu_seq_k=k_starts, max_q=_longest(q_starts), max_k=_longest(k_starts),
-                   window_size=(-1, 0), enable_gqa=inputs["q"].shape[1] != inputs["k"].shape[1])
-
-
-def _longest(starts):
-    return int(starts.diff().max())
+    attend = _imported("torch.nn.attention.varlen").varlen_attn
+    max_q, max_k = (int(starts.diff().max()) for starts in (q_starts, k_starts))
+    return partial(attend, cu_seq_q=q_starts, cu_seq_k=k_starts, max_q=max_q, max_k=max_k, window_size=(-1, 0),
+                   enable_gqa=inputs["q"].shape[1] != inputs["k"].shape[1])
 
 
 def _flash(inputs, causal=True, scale=None, dropout_p=0.0, seed=None, key_mask=None, window=None):
     if key_mask is not None:
         raise timing.Failure("flash-attn has no key masks")
-    attend = partial(_imported("flash_attn", "flash-attn").flash_attn_func, dropout_p=dropout_p, softmax_scale=scale,
+    attend = partial(_imported("flash_attn").flash_attn_func, dropout_p=dropout_p, softmax_scale=scale,
                      causal=causal, window_size=(-1, -1) if window is None else (window - 1, 0))
     return lambda *qkv: attend(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2)
 
 
 def _flash_varlen(inputs, q_starts, k_starts):
-    attend = _imported("flash_attn", "flash-attn").flash_attn_varlen_func
-    return partial(attend, cu_seqlens_q=q_starts, cu_seqlens_k=k_starts, max_seqlen_q=_longest(q_starts),
-                   max_seqlen_k=_longest(k_starts), causal=True)
-
-
-def _liger():
-    return _imported("liger_kernel.transformers.functional", "liger-kernel")
+    attend = _imported("flash_attn").flash_attn_varlen_func
+    max_q, max_k = (int(starts.diff().max()) for starts in (q_starts, k_starts))
+    return partial(attend, cu_seqlens_q=q_starts, cu_seqlens_k=k_starts, max_seqlen_q=max_q, max_seqlen_k=max_k,
+                   causal=True)
 
 
 def _liger_norm(inputs):
-    return partial(_liger().liger_layer_norm, eps=1e-5)
-
-
-def _liger_add_norm(inputs, **options):
-    return _add_norm(_liger_norm(inputs))(inputs, **options)
+    return partial(_imported(LIGER_OPS).liger_layer_norm, eps=1e-5)
 
 
 def _liger_loss(inputs, targets, label_smoothing=0.0, z_loss=0.0, reduction="mean"):
-    loss = _liger().liger_fused_linear_cross_entropy
-    return lambda x, weight: loss(x, weight, targets, label_smoothing=label_smoothing, lse_square_scale=z_loss,
-                                  reduction=reduction)
+    return partial(_imported(LIGER_OPS).liger_fused_linear_cross_entropy, target=targets, lse_square_scale=z_loss,
+                   label_smoothing=label_smoothing, reduction=reduction)  # of x and weight
 
 
 # Liger-Kernel has no GELU alone, only GEGLU. What PyTorch has under another name is the reference's.
 RIVALS = {
     PYTORCH: {"attention": _sdpa, "packed_attention": _varlen,
-              "add_layer_norm": _add_norm(lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias))},
+              "add_layer_norm": _add_norm(lambda _: reference.layer_norm)},
     FLASH: {"attention": _flash, "packed_attention": _flash_varlen},
-    LIGER: {"layer_norm": _liger_norm, "add_layer_norm": _liger_add_norm, "cross_entropy": _liger_loss},
+    LIGER: {"layer_norm": _liger_norm, "add_layer_norm": _add_norm(_liger_norm), "cross_entropy": _liger_loss},
 }
 
 
 def contestants(case):
     """-> (name -> function of the tensors that have gradients, name -> why there is none)."""
     functions, failures = {OURS: partial(case.call, ops), PYTORCH: partial(case.call, reference)}, {}
-    op = case.spec.op
-    for name, factories in ((name, found) for name, found in RIVALS.items() if op in found):
+    for name, factories in ((name, found) for name, found in RIVALS.items() if case.spec.op in found):
         try:
-            functions[name] = factories[op](case.inputs, **case.others, **case.spec.options)
+            functions[name] = factories[case.spec.op](case.inputs, **case.others, **case.spec.options)
         except timing.Failure as failure:
-            functions.pop(name, None)
+            functions.pop(name, None)  # of PyTorch the reference's, which is not its own op
             failures[name] = str(failure)
     return functions, failures
 
 
 def check(case):
-    """Name -> why a contestant is wrong or missing. Ours is held to the accuracy rule, the others to half of the dtype's
-    digits: they need not be accurate, only the same function. With dropout their masks differ, and nothing is compared."""
+    """Name -> why a contestant is wrong or missing. Ours is held to the accuracy rule, the others to half of the
+    dtype's digits: they need only be the same function. With dropout their masks differ: nothing is compared."""
     case = case.cut()
     call, tensors = partial(case.call, reference), case.inputs.values()
     functions, failures = contestants(case)
@@ -277,16 +253,12 @@ def check(case):
             if name == OURS:
                 check_results(names, found, truth, pytorch)
             elif not case.spec.options.get("dropout_p"):
-                _check_function(names, found, truth)
+                for result, theirs, true in zip(names, found, truth, strict=True):
+                    error = float((theirs.double() - true).norm() / true.norm())
+                    assert error <= torch.finfo(DTYPE).eps ** 0.5, f"{result}: norm-relative error {error:.3g}"
         except (timing.Failure, AssertionError) as error:
             failures[name] = str(error)
     return failures
-
-
-def _check_function(names, found, truth):
-    for name, theirs, true in zip(names, found, truth, strict=True):
-        error = float((theirs.double() - true).norm() / true.norm())
-        assert error <= torch.finfo(DTYPE).eps ** 0.5, f"{name}: norm-relative error {error:.3g}, another function"
 
 
 def guarded(run):
@@ -314,16 +286,15 @@ def compare(entrants, timer):
     return timing.compare(entrants, rounds=timer.rounds, neighbours=Neighbours(busy=lambda: None))
 
 
-def ceilings(timer, device="cuda", copied=COPIED, multiplied=MULTIPLIED):
-    """Rows of what the GPU does at best: bytes (read and written) and bfloat16 FLOPs a second."""
+def ceilings(timer, device="cuda", copied=1 << 30, multiplied=8192):
+    """Rows of what the GPU does at best: bytes (read and written) a second, and FLOPs of square matrices."""
     source = torch.empty(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     a, b = torch.randn(2, multiplied, multiplied, dtype=DTYPE, device=device)
     result = compare([Contestant("copy", lambda: target.copy_(source), timer),
                       Contestant("matmul", lambda: torch.matmul(a, b), timer)], timer)
-    work = {"copy": 2 * copied, "matmul": 2 * multiplied ** 3}
-    return [{"ceiling": name, "work": amount, "seconds": result.timing(name), "rate": timing.rate(result.timing(name), amount)}
-            for name, amount in work.items()]
+    return [{"ceiling": name, "seconds": result.timing(name), "rate": timing.rate(result.timing(name), work)}
+            for name, work in (("copy", 2 * copied), ("matmul", 2 * multiplied ** 3))]
 
 
 def measure(case, timer, what=BOTH, *, failures=(), tops=(), compiler=compiled):
@@ -372,11 +343,12 @@ class Trainee(Contestant):
 
 
 def training_step(kind, backend, compiler, config, batch, device):
-    """A callable that does one step under autocast and returns its loss. The weights depend on the config alone."""
+    """A callable that does one step under autocast and returns its loss. All kinds have the same weights and tokens."""
     model, optimizer = training.build(kind, config)
     model.to(device)
     forward = compiler(model) if compiler else model
-    tokens = torch.randint(config.vocab_size, (batch, config.block_size + 1)).to(device)
+    seeded = torch.Generator().manual_seed(1)
+    tokens = torch.randint(config.vocab_size, (batch, config.block_size + 1), generator=seeded).to(device)
 
     def step():
         with ops.backend(backend), torch.autocast(tokens.device.type, dtype=DTYPE):
@@ -397,18 +369,17 @@ def train(timer, config, batch, device="cuda", compiler=compiled):
     entrants = [Trainee(name, partial(training_step, *kind, config, batch, device), timer)
                 for name, kind in variants.items()]
     result = compare(entrants, timer)
+    first = entrants[0].losses
     for entrant in entrants:
-        if entrant.name not in result.failures and _wrong_losses(entrant.losses, entrants[0].losses):
-            result.fail(entrant.name, timing.Failure(_wrong_losses(entrant.losses, entrants[0].losses)))
+        if entrant.name not in result.failures and not _near(entrant.losses, first):
+            reason = f"the first losses are {entrant.losses}, expected {first or 'those of the reference, without any'}"
+            result.fail(entrant.name, timing.Failure(reason))
     return [_train_row(entrant, result, batch, config.block_size) for entrant in entrants]
 
 
-def _wrong_losses(losses, expected):
-    """Why the losses are not the expected ones, or None."""
-    if not expected:
-        return "there are no losses of the reference to compare with"
-    near = (abs(loss - other) <= training.LOSS_TOLERANCE["bfloat16"] * other for loss, other in zip(losses, expected))
-    return None if all(near) else f"the first losses are {losses}, expected {expected}"
+def _near(losses, expected):
+    tolerance = training.LOSS_TOLERANCE["bfloat16"]
+    return bool(expected) and all(abs(loss - other) <= tolerance * other for loss, other in zip(losses, expected))
 
 
 def _train_row(entrant, result, batch, length):
@@ -421,15 +392,14 @@ def _train_row(entrant, result, batch, length):
 
 
 def print_row(row):
-    start, ratio, share = (row["spec"], row["what"], row["contestant"]), row["ratio"], row.get("share")
-    if row["failure"]:
-        print("{:24} {:19} {:19}".format(*start), row["failure"], flush=True)
-        return
-    note = f"{share['median']:.0%} of {row['ceiling']}" if share else ""
-    if "tokens_per_second" in row:
-        note = f"{row['tokens_per_second']['median']:.0f} tokens/s, {row['peak_mb']:.0f} MB"
-    print(COLUMNS.format(*start, f"{row['seconds']['median'] * 1e6:.1f}",
-                         f"{ratio['median']:.2f} ({ratio['q1']:.2f}..{ratio['q3']:.2f})" if ratio else "-", note), flush=True)
+    figures, ratio, share = ("-", "-", row["failure"]), row["ratio"], row.get("share")
+    if row["seconds"]:
+        note = f"{share['median']:.0%} of {row['ceiling']}" if share else ""
+        if "tokens_per_second" in row:
+            note = f"{row['tokens_per_second']['median']:.0f} tokens/s, {row['peak_mb']:.0f} MB"
+        ratio = f"{ratio['median']:.2f} ({ratio['q1']:.2f}..{ratio['q3']:.2f})" if ratio else "-"
+        figures = f"{row['seconds']['median'] * 1e6:.1f}", ratio, note
+    print(COLUMNS.format(row["spec"], row["what"], row["contestant"], *figures), flush=True)
 
 
 def run(timer, device="cuda", gpt2=True, compiler=compiled):
@@ -441,24 +411,23 @@ def run(timer, device="cuda", gpt2=True, compiler=compiled):
     print(COLUMNS.format("", "", "", "us", "ours is faster by", "share of its ceiling"))
     rows = []
     for case in cases(device, gpt2):
+        torch.compiler.reset()  # so that no shape is taken to vary
         failures = check(case)
         for what in (FORWARD, BOTH):
-            found = measure(case, timer, what, failures=failures, tops=tops, compiler=compiler)
-            rows += found
-            for row in found:
+            for row in measure(case, timer, what, failures=failures, tops=tops, compiler=compiler):
                 print_row(row)
-    trained = train(timer, GPTConfig() if gpt2 else TINY, 8 if gpt2 else 2, device, compiler)
-    for row in trained:
+                rows.append(row)
+    for row in train(timer, GPTConfig() if gpt2 else training.MODELS["tiny"], 8 if gpt2 else 1, device, compiler):
         print_row(row)
-    return tops, rows + trained
+        rows.append(row)
+    return tops, rows
 
 
 def gpu():
-    """What the machine line does not say."""
     device = torch.cuda.get_device_properties(0)
     installed = {d.name.replace("_", "-"): d.version for d in importlib.metadata.distributions() if d.name}
-    return {"gpu": device.name, "memory_gb": round(device.total_memory / 2 ** 30, 1), "processors": device.multi_processor_count,
-            "capability": f"{device.major}.{device.minor}", "cuda": torch.version.cuda,
+    return {"gpu": device.name, "capability": f"{device.major}.{device.minor}", "cuda": torch.version.cuda,
+            "processors": device.multi_processor_count, "memory_gb": round(device.total_memory / 2 ** 30, 1),
             "versions": {name: installed.get(name) for name in ("triton", "flash-attn", "liger-kernel")}}
 
 

@@ -20,12 +20,24 @@ struct NormForward {
   bool streamed;
 };
 
+// step(j, lanes, part) adds what column j gives to the sums `part`; a chain of more additions would lose more
+// than their own rounding.
+constexpr int64_t kNormCols = 1024;
+template <int N, class F>
+INLINE void sum_columns(int64_t cols, Vec (&sums)[N], F&& step) {
+  for (int64_t begin = 0; begin < cols; begin += kNormCols) {
+    Vec part[N] = {};
+    for_columns(min(kNormCols, cols - begin), [&](int64_t j, int lanes) { step(begin + j, lanes, part); });
+    UNROLL for (int i = 0; i < N; i++) sums[i] = sums[i] + part[i];
+  }
+}
+
 // The rows as float32, (R, cols), and their sums; makes total = x + residual on the way.
 template <int R, class T, class P>
 INLINE const float* load_rows(NormForward<T, P> p, int64_t at, Vec (&sum)[R]) {
   bool copy = sizeof(T) < sizeof(float) || (p.residual && p.streamed);  // a streamed total is not in the cache
   float* rows = copy ? (float*)scratch(kKernelScratch, sizeof(float) * R * p.cols) : nullptr;
-  for_columns(p.cols, [&](int64_t j, int lanes) {
+  sum_columns(p.cols, sum, [&](int64_t j, int lanes, Vec(&part)[R]) {
     UNROLL for (int i = 0; i < R; i++) {
       int64_t k = i * p.cols + j;
       Vec a = load_lanes(p.x + at + k, lanes);
@@ -36,7 +48,7 @@ INLINE const float* load_rows(NormForward<T, P> p, int64_t at, Vec (&sum)[R]) {
         a = stored(p.total, a);
       }
       if (copy) store_lanes(rows + k, a, lanes);
-      sum[i] = sum[i] + a;
+      part[i] = part[i] + a;
     }
   });
   return copy ? rows : (const float*)(p.residual ? p.total : p.x) + at;
@@ -46,20 +58,20 @@ template <int R, class T, class P>
 void layer_norm_rows(NormForward<T, P> p, int64_t row) {
   int64_t at = row * p.cols;
   float mean[R], rest[R], rstd[R];
-  Vec sum[R] = {}, squares[R] = {}, differences[R] = {};
+  Vec sum[R] = {}, deviations[2 * R] = {};  // these: of the differences from the mean, then of their squares
   const float* rows = load_rows<R>(p, at, sum);
   UNROLL for (int i = 0; i < R; i++) mean[i] = reduce_add(sum[i]) / p.cols;
-  for_columns(p.cols, [&](int64_t j, int lanes) {
+  sum_columns(p.cols, deviations, [&](int64_t j, int lanes, Vec(&part)[2 * R]) {
     UNROLL for (int i = 0; i < R; i++) {
       Vec d = first_lanes(load_lanes(rows + i * p.cols + j, lanes) - mean[i], lanes);
-      differences[i] = differences[i] + d;
-      squares[i] = squares[i] + d * d;
+      part[i] = part[i] + d;
+      part[R + i] = part[R + i] + d * d;
     }
   });
   UNROLL for (int i = 0; i < R; i++) {
     // The rounded mean misses the true one by `rest`, which matters beside a large mean.
-    rest[i] = reduce_add(differences[i]) / p.cols;
-    rstd[i] = 1.0f / sqrtf(reduce_add(squares[i]) / p.cols - rest[i] * rest[i] + p.eps);
+    rest[i] = reduce_add(deviations[i]) / p.cols;
+    rstd[i] = 1.0f / sqrtf(reduce_add(deviations[R + i]) / p.cols - rest[i] * rest[i] + p.eps);
     if (p.mean) p.mean[row + i] = mean[i] + rest[i], p.rstd[row + i] = rstd[i];
     rest[i] *= rstd[i];
   }

@@ -120,8 +120,7 @@ def define_cross_entropy(prefix, launchers):
         return _in_chunks(launchers, x, weight, bias, targets, options, None, NOTHING)[0].view(targets.shape)
 
     def rows_backward(dlosses, x, weight, bias, targets, ignore_index, smoothing, z_loss, wanted):
-        scale = dlosses.float().flatten()
-        scale = scale if len(scale) != 1 else scale.contiguous()
+        scale = dlosses.float().flatten().contiguous()  # the gradient of a sum has stride 0
         return _in_chunks(launchers, x, weight, bias, targets, (ignore_index, smoothing, z_loss), scale, wanted)[1]
 
     def grad(ctx, dloss, *_):

@@ -21,6 +21,7 @@ class Interpreter:
     def __init__(self, arch=90, processors=2):
         self.arch, self.count = arch, processors
 
+    @torch.compiler.disable
     def run(self, kernel, programs, arguments, constants, options):
         simulate(kernel)[(programs,)](*arguments, **constants, **options)
 

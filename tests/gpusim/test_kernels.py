@@ -6,7 +6,7 @@ pytest.importorskip("triton")
 import torch
 from executors import Interpreter, MachineCode, running
 from interpreter import strict
-from numerics import THREE_TF32, check_op
+from numerics import THREE_TF32, check_compiled, check_op
 from prediction import record, specs
 
 from fastgpt import kernels, ops, reference
@@ -61,6 +61,47 @@ def test_the_same_bits_in_any_order_of_programs(name):
             gradients = torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])
         results.append((*outputs, *gradients))
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_compiles_whole_to_the_same_bits(name):
+    """As one graph, forward and backward, in which the op is used twice."""
+    spec = SPECS[name]
+    inputs, others = spec.inputs(torch.float32, "cpu", False)
+    leaves = [t.requires_grad_() for t in inputs.values()]
+    function = call(spec, ops, others)
+
+    def twice(first, *rest):
+        both = function(first, *rest), function(2 * first, *rest)
+        both = [result if isinstance(result, tuple) else (result,) for result in both]
+        return sum((a * b).sum() for a, b in zip(*both))
+    torch._dynamo.reset()  # one function of many specs would be compiled too often
+    with running(Interpreter()):
+        check_compiled(twice, leaves)
+
+
+def library_calls():
+    """(op of torch.library, arguments), with dropout where it is."""
+    def t(*shape):
+        return torch.randn(shape, requires_grad=True)
+    seed, starts = torch.tensor(7), torch.tensor([0, 2, 5], dtype=torch.int32)
+    loss = t(5, 8), t(9, 8), t(9), torch.arange(5), -100, 0.1, 1e-3
+    return {
+        "layer_norm": (t(5, 8), t(8), t(8), 1e-5),
+        "add_layer_norm": (t(5, 8), t(5, 8), t(8), None, seed, 1e-5, 0.25),
+        "gelu": (t(5, 8), t(8), True),
+        "attention": (t(1, 4, 5, 8), t(1, 2, 6, 8), t(1, 2, 6, 8), torch.ones(1, 6) > 0, seed, True, 0.3, 0.25, 4, True),
+        "packed_attention": (t(5, 4, 8), t(5, 2, 8), t(5, 2, 8), starts, starts, None, True, 0.3, 0.0, 0, True),
+        "cross_entropy": (*loss, True, [True, True, True]),
+        "cross_entropy_rows": loss,
+    }
+
+
+@pytest.mark.parametrize("name, arguments", library_calls().items())
+def test_library_ops(name, arguments):
+    """As PyTorch wants them: schema, fake outputs, autograd, tracing."""
+    with running(Interpreter()):
+        torch.library.opcheck(getattr(torch.ops.fastgpt, f"triton_{name}").default, arguments)
 
 
 def test_offsets_beyond_32_bits(tmp_path):
