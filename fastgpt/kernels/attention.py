@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgpt.autograd.attention import define_attention, define_packed_attention, empty_joinable, empty_lse, unit_stride
+from fastgpt.autograd.attention import define_attention, define_packed_attention, empty_joinable, empty_lse
 from fastgpt.kernels.attention_backward import backward
 from fastgpt.kernels.dropout import dropout_arguments, keep_mask, row_keys
 from fastgpt.kernels.launch import architecture, launch
@@ -30,6 +30,7 @@ from fastgpt.kernels.tiles import (
     precision,
     sequence,
     store_rows,
+    unit_stride,
     visible,
 )
 from fastgpt.kernels.tuning import attention_config
@@ -121,7 +122,7 @@ def attention_forward_kernel(
     o_offset, _ = sequence(Q_STARTS, b, o_batch, o_row, T, PACKED)
     store_rows(OUT + o_offset + h.to(tl.int64) * o_head, acc * factor[:, None], first_row, o_row, T, D, BLOCK_D, BLOCK_M)
     if HAS_LSE:
-        lse_offset, _ = sequence(Q_STARTS, b, H.to(tl.int64) * lse_head, 1, T, PACKED)
+        lse_offset, _ = sequence(Q_STARTS, b, tl.cast(H, tl.int64) * lse_head, 1, T, PACKED)
         lse = (top * scale + tl.log2(weight_sum)) * 0.6931471805599453
         lse = tl.where(empty, float("-inf"), lse)
         tl.store(LSE + lse_offset + h.to(tl.int64) * lse_head + rows, lse, mask=rows < T)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgpt.autograd.attention import empty_joinable, unit_stride
+from fastgpt.autograd.attention import empty_joinable
 from fastgpt.kernels.dropout import dropout_arguments, keep_mask, row_keys
 from fastgpt.kernels.launch import architecture, dense, launch
 from fastgpt.kernels.tiles import (
@@ -27,6 +27,7 @@ from fastgpt.kernels.tiles import (
     row_ranges,
     sequence,
     store_rows,
+    unit_stride,
     visible,
 )
 from fastgpt.kernels.tuning import attention_config
@@ -78,7 +79,7 @@ def attention_dq_kernel(
     do_offset, _ = sequence(Q_STARTS, b, do_batch, do_row, T, PACKED)
     k_offset, _ = sequence(K_STARTS, b, k_batch, k_row, S, PACKED)
     v_offset, S = sequence(K_STARTS, b, v_batch, v_row, S, PACKED)
-    lse_offset, _ = sequence(Q_STARTS, b, H.to(tl.int64) * lse_head, 1, T, PACKED)
+    lse_offset, _ = sequence(Q_STARTS, b, tl.cast(H, tl.int64) * lse_head, 1, T, PACKED)
     if HAS_KEY_BIAS:
         KEY_BIAS += b.to(tl.int64) * S
     shift = S - T
@@ -188,7 +189,7 @@ def attention_dk_dv_kernel(
     v_offset, _ = sequence(K_STARTS, b, v_batch, v_row, S, PACKED)
     q_offset, _ = sequence(Q_STARTS, b, q_batch, q_row, T, PACKED)
     do_offset, _ = sequence(Q_STARTS, b, do_batch, do_row, T, PACKED)
-    lse_offset, T = sequence(Q_STARTS, b, H.to(tl.int64) * lse_head, 1, T, PACKED)
+    lse_offset, T = sequence(Q_STARTS, b, tl.cast(H, tl.int64) * lse_head, 1, T, PACKED)
     if HAS_KEY_BIAS:
         KEY_BIAS += b.to(tl.int64) * S
     shift = S - T

@@ -105,6 +105,11 @@ def row_ranges(first_key, T, S, shift, window, CAUSAL: tl.constexpr, WINDOW: tl.
     return a, b, c, end
 
 
+def unit_stride(*tensors):
+    """Tensors (B, H, T, D) whose heads' rows are contiguous and near enough for offsets of 32 bits within a tile."""
+    return tuple(x if x.stride(3) == 1 and x.stride(2) < 2 ** 23 else x.contiguous() for x in tensors)
+
+
 def head_strides(x):
     """(batch, head, row): of a tensor (B, H, T, D) whose last stride is 1."""
     return x.stride()[:3]

@@ -48,6 +48,24 @@ def test_compiled(name, dtype, arch):
         check(SPECS[name], getattr(torch, dtype))
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (1, 1, 1, 5, 16), (2, 1, 5, 1, 1), (1, 2, 1, 1, 16)], ids=str)
+def test_sizes_of_one(sizes):
+    """A launcher makes a constant of an argument that is 1: kernels must compile with each of them."""
+    B, H, T, S, D = sizes
+    q, k, v = (torch.randn(B, heads, n, D).bfloat16() for heads, n in ((H, T), (1, S), (1, S)))
+    x, weight = torch.randn(T, D).bfloat16(), torch.randn(D).bfloat16()
+    with running(MachineCode(90)):
+        leaves = [t.requires_grad_() for t in (q, k, v)]
+        ops.attention(*leaves, window=1).sum().backward()
+        out = ops.attention(*leaves)
+        results = out, ops.bias_gelu(x, weight), ops.layer_norm(x, weight), ops.cross_entropy(x, x, torch.arange(T))
+    references = (reference.attention(q, k, v), reference.bias_gelu(x, weight), reference.layer_norm(x, weight),
+                  reference.cross_entropy(x, x, torch.arange(T)))
+    for result, expected in zip(results, references):
+        torch.testing.assert_close(result, expected, rtol=0.02, atol=0.02)
+    assert all(leaf.grad.isfinite().all() for leaf in leaves)
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_the_same_bits_in_any_order_of_programs(name):
     spec = SPECS[name]
@@ -112,6 +130,17 @@ def test_offsets_beyond_32_bits(tmp_path):
     k.copy_(torch.randn(1, heads, rows, D))
     q, v = torch.randn(2, 1, heads, rows, D).half()
     with running(Interpreter()), strict(races=False):
+        out = ops.attention(q, k, v)
+    torch.testing.assert_close(out, reference.attention(q, k.contiguous(), v), rtol=2e-3, atol=2e-3)
+
+
+def test_rows_beyond_offsets_of_32_bits(tmp_path):
+    rows, D, apart = 70, 16, 2 ** 25
+    memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=rows * apart, dtype=torch.float16)
+    k = memory.as_strided((1, 1, rows, D), (rows * apart, rows * apart, apart, 1))
+    k.copy_(torch.randn(1, 1, rows, D))
+    q, v = torch.randn(2, 1, 1, rows, D).half()
+    with running(Interpreter()):
         out = ops.attention(q, k, v)
     torch.testing.assert_close(out, reference.attention(q, k.contiguous(), v), rtol=2e-3, atol=2e-3)
 
