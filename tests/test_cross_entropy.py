@@ -68,6 +68,19 @@ def test_label_smoothing_and_z_loss(reduction, options, dtype, implementation, s
     check_op(ours, inputs, truth)
 
 
+def test_a_scaled_loss_keeps_small_gradients(dtype, implementation):
+    """1 / (V rows) is below what float16 has digits for: a gradient scaler's factor must come before the rounding."""
+    inputs, targets = make_inputs(300, K=8, V=1000, dtype=dtype)
+    inputs["x"] /= 16
+    ours, truth = both(targets)
+    check_op(lambda *tensors: 65536 * ours(*tensors), inputs, lambda *tensors: 65536 * truth(*tensors))
+    inputs, targets = make_inputs(1, K=8, V=10, dtype=dtype)
+    targets[:] = 3
+    x = inputs["x"].requires_grad_()
+    scaled, = torch.autograd.grad(70000 * ops.cross_entropy(x, inputs["weight"] / 256, targets), x)
+    assert scaled.isfinite().all()  # though the factor is infinite in float16
+
+
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_products_by_torch(reduction, bias, small_chunks, monkeypatch):

@@ -107,7 +107,7 @@ def define_cross_entropy(prefix, launchers):
         scale = None
         if any(wanted):
             scale = torch.ones(1, dtype=torch.float32, device=x.device)
-            if mean:
+            if mean and not _divides_later(x.dtype):
                 scale = scale / (count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1))
         losses, gradients = _in_chunks(launchers, x, weight, bias, targets, (ignore_index, smoothing, z_loss), scale,
                                        wanted)
@@ -126,7 +126,10 @@ def define_cross_entropy(prefix, launchers):
     def grad(ctx, dloss, *_):
         if dloss is None:
             return (None,) * 9
-        gradients = (launchers.multiply_gradient(g, dloss) for g in ctx.saved_tensors)
+        *gradients, targets = ctx.saved_tensors
+        if ctx.mean and _divides_later(gradients[0].dtype):
+            dloss = dloss / launchers.count(targets, ctx.V, ctx.ignore_index)
+        gradients = (launchers.multiply_gradient(g, dloss) for g in gradients)
         wanted = (g if want else None for g, want in zip(gradients, ctx.needs_input_grad))
         return *wanted, None, None, None, None, None, None
 
@@ -175,11 +178,19 @@ def _fake_rows_backward(dlosses, x, weight, bias, targets, ignore_index, smoothi
     return _fake_gradients(x, weight, wanted)
 
 
+def _divides_later(dtype):
+    """Whether the mean's division waits for backward: in float16 a share of 1 / rows would vanish before a gradient scaler's
+    factor comes, which keeps it from that."""
+    return dtype == torch.float16
+
+
 def _setup(ctx, inputs, output):
+    _, weight, _, targets, ctx.ignore_index, _, _, ctx.mean, _ = inputs
     _, *gradients = output
+    ctx.V = len(weight)
     ctx.mark_non_differentiable(*gradients)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*gradients)
+    ctx.save_for_backward(*gradients, targets)
 
 
 def _rows_setup(ctx, inputs, output):

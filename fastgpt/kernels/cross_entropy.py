@@ -112,11 +112,17 @@ def _row_stride(V):
     return triton.cdiv(V, 64) * 64
 
 
+def _multiply_gradient(gradient, dloss):
+    """In float32 and rounded once. dloss has a dimension, or PyTorch would round it to the gradient's dtype first: a gradient
+    scaler's 65536 is infinite in float16."""
+    return torch.mul(gradient, dloss.float().view(1), out=torch.empty_like(gradient))
+
+
 cross_entropy = define_cross_entropy("triton_", Launchers(
     products=lambda dtype: Products(dtype, CROSS_ENTROPY_CHUNK, _multiply), row_stride=_row_stride,
     count=lambda targets, V, ignore_index: (targets != ignore_index).sum(), losses=_losses,
     add_rows=lambda x, sums: sums.add_(x.sum(0, dtype=torch.float32)),
-    multiply_gradient=lambda gradient, dloss: gradient * dloss.to(gradient.dtype)))
+    multiply_gradient=_multiply_gradient))
 
 BYTES = {"cross_entropy_kernel": "(1 + 2 * HAS_GRADIENT) * rows * V * e"}
 
