@@ -436,8 +436,9 @@ def main(argv=None):
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--save", metavar="NAME", help="also write benchmarks/results/NAME.json")
     options = parser.parse_args(argv)
-    if kernels.MISSING:
-        sys.exit(f"bench_gpu: {kernels.MISSING}")
+    reason = kernels.missing(None)
+    if reason:
+        sys.exit(f"bench_gpu: {reason}")
     settings = {"rounds": options.rounds, **gpu()}
     print(f"{settings['gpu']}; {one_line(describe())}")
     with ops.backend("triton"):

@@ -136,13 +136,13 @@ def main(argv=None):
     options = parser.parse_args(argv)
     sys.path.append(str(RESULTS.parents[1] / "tests" / "gpusim"))
     judge, archs = predicted, list(MODELLED)
-    if kernels.MISSING is None:
+    if kernels.missing(None) is None:
         from fastgpt.kernels.launch import architecture
         judge, archs = timed, [architecture(torch.device(GPU, 0))]
     refused = sorted(set(options.arch or archs) - set(archs)) + [k for k in options.kernel if k not in KERNELS]
     if refused:
         parser.error(f"{', '.join(map(str, refused))}: expected of {archs} and {list(KERNELS)}")
-    print("by time on the GPU" if judge is timed else f"by the issue model: {kernels.MISSING}")
+    print("by time on the GPU" if judge is timed else f"by the issue model: {kernels.missing(None)}")
     for arch, kernel in itertools.product(options.arch or archs, options.kernel):
         tune(kernel, arch, getattr(torch, options.dtype), options.width, judge, options.call)
 

@@ -124,8 +124,8 @@ class GPT(nn.Module):
 
         Without targets: the last position's logits (B, 1, V), and None. With targets (B, T) int64, where -1 is ignored:
         all logits (B, T, V) and the mean cross entropy in nats. return_logits=False gives None in place of the
-        logits, which are then never whole in memory. Ids outside the vocabulary raise an IndexError, other wrong input
-        a ValueError or TypeError.
+        logits, which are then never whole in memory. Ids outside the vocabulary raise an IndexError (on a GPU
+        they end in a device-side assert), other wrong input a ValueError or TypeError.
         """
         if targets is None:
             return self.lm_head(self.hidden_states(idx, last=True)), None

@@ -179,7 +179,7 @@ def _check_gelu(op, x, approximate):
 
 
 def linear(x, weight, bias=None, *, activation=None, residual=None):
-    """activation(x @ weight.T + bias) + residual, in one pass.
+    """activation(x @ weight.T + bias) + residual, in one pass on the CPU.
 
     x (..., K), weight (N, K), bias (N,) or None, residual (..., N) or None -> (..., N).
     activation: None, "gelu" (exact), "gelu_tanh" or "relu". Under autocast the matrices are cast to its dtype.
@@ -366,7 +366,7 @@ def cross_entropy(x, weight, targets, *, bias=None, ignore_index=-100, reduction
     """The loss of a language-model head, cross_entropy(x @ weight.T + bias, targets), without the logits in memory.
 
     x (..., K), weight (V, K), bias (V,) or None, targets (...) int64 in [0, V) or ignore_index; another target raises on the
-    CPU and makes the loss NaN on a GPU. label_smoothing in [0, 1): the share of the target that all classes have alike.
+    CPU and makes the loss NaN in the Triton kernels. label_smoothing in [0, 1): the share of the target that all classes have alike.
     z_loss: adds z_loss * log(sum of e**logit)**2 to each loss, which keeps the logits from drifting (Chowdhery et al. 2022,
     arXiv:2204.02311). reduction "mean" (over the targets not ignored; NaN when there are none, as in PyTorch) or "sum" -> float32
     scalar; "none" -> float32 (...); float64 stays. A graph kept by retain_graph=True goes on needing the gradients that

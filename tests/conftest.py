@@ -1,15 +1,15 @@
 """Fixtures: every implementation of the ops, every dtype, and outputs that hold NaN until a kernel writes them."""
 import contextlib
-import importlib.util
 
 import pytest
 import torch
+from versions import simulable
 
 from fastgpt import extension, ops
 
 LEVELS = [name for name in extension.LEVELS if extension._C and extension.level_refusal(name) is None]
 # The Triton kernels run interpreted; "gpu", with pytest -m gpu, is the same kernels on a GPU.
-IMPLEMENTATIONS = [*LEVELS, *(["triton"] if importlib.util.find_spec("triton") else []), "gpu"]
+IMPLEMENTATIONS = [*LEVELS, *(["triton"] if simulable() else []), "gpu"]
 DTYPES = ["float32", "bfloat16"]
 
 

@@ -15,11 +15,6 @@ def empty_lse(q, keep_lse):
     return torch.empty(q.shape[:3] if keep_lse else (0,), dtype=torch.float32, device=q.device)
 
 
-def unit_stride(*tensors):
-    """Tensors whose last dimension is contiguous: what the kernels need of a row."""
-    return tuple(t if t.stride(3) == 1 else t.contiguous() for t in tensors)
-
-
 def define_attention(prefix, launch, launch_backward):
     """-> attention(q, k, v, ...), with ops of torch.library named after `prefix`.
 

@@ -1,4 +1,5 @@
 """The C++ kernels for the CPU behind `fastgpt.ops`: one file an op, in the order launchers, op definitions, function."""
+from fastgpt.autograd.tensors import MAX_HEAD_SIZE
 from fastgpt.cpu.attention import attention, packed_attention
 from fastgpt.cpu.cross_entropy import cross_entropy
 from fastgpt.cpu.gelu import bias_gelu, gelu
@@ -11,7 +12,6 @@ from fastgpt.extension import MISSING
 KERNELS = {"gelu": gelu, "bias_gelu": bias_gelu, "layer_norm": layer_norm, "add_layer_norm": add_layer_norm,
            "linear": linear, "attention": attention, "packed_attention": packed_attention, "cross_entropy": cross_entropy,
            "store_kv": store_kv, "paged_attention": paged_attention}
-MAX_HEAD_SIZE = 256
 
 
 def why_not(op, device, *tensors, window=None, dropout_p=0.0):

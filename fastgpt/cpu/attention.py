@@ -1,6 +1,7 @@
 """Attention: launchers of csrc/cpu/attention.inl and attention_backward.inl."""
-from fastgpt.autograd.attention import define_attention, define_packed_attention, empty_joinable, empty_lse, unit_stride
-from fastgpt.cpu.launch import DTYPES, dense, pointer
+from fastgpt.autograd.attention import define_attention, define_packed_attention, empty_joinable, empty_lse
+from fastgpt.autograd.tensors import dense
+from fastgpt.cpu.launch import DTYPES, pointer
 from fastgpt.extension import _C
 
 
@@ -8,6 +9,11 @@ def _heads(x):
     """A (B, heads, length, D) tensor as the kernels take it: address and strides."""
     batch, head, position, _ = x.stride()
     return x.data_ptr(), batch, head, position
+
+
+def unit_stride(*tensors):
+    """Tensors whose last dimension is contiguous: what the kernels need of a row."""
+    return tuple(t if t.stride(3) == 1 else t.contiguous() for t in tensors)
 
 
 def _shape(q, k):

@@ -2,8 +2,9 @@
 import torch
 
 from fastgpt.autograd.cross_entropy import Launchers, Products, define_cross_entropy
+from fastgpt.autograd.tensors import dense
 from fastgpt.cpu.gemm import matmul
-from fastgpt.cpu.launch import DTYPES, dense, pointer
+from fastgpt.cpu.launch import DTYPES, pointer
 from fastgpt.cpu.linear import bfloat16_product
 from fastgpt.extension import _C
 from fastgpt.torch_op import is_traced

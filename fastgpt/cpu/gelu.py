@@ -2,7 +2,8 @@
 import torch
 
 from fastgpt.autograd.gelu import define_gelu
-from fastgpt.cpu.launch import DTYPES, dense, pointer, rows_of
+from fastgpt.autograd.tensors import dense, rows_of
+from fastgpt.cpu.launch import DTYPES, pointer
 from fastgpt.extension import _C
 
 

@@ -4,9 +4,10 @@ import math
 import torch
 import torch.nn.functional as F
 
+from fastgpt.autograd.tensors import dense
 from fastgpt.cpu.gelu import gelu
 from fastgpt.cpu.gemm import matmul
-from fastgpt.cpu.launch import DTYPES, dense, pointer
+from fastgpt.cpu.launch import DTYPES, pointer
 from fastgpt.extension import _C, ACTIVATIONS, HAS_BF16
 from fastgpt.torch_op import define, needs_gradient
 

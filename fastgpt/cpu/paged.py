@@ -1,7 +1,8 @@
 """The paged KV cache's kernels: they store and attend for any number of tokens of any sequences in one call."""
 import torch
 
-from fastgpt.cpu.launch import dense, pointer
+from fastgpt.autograd.tensors import dense
+from fastgpt.cpu.launch import pointer
 from fastgpt.extension import _C, CACHE_DTYPES
 
 

@@ -1,13 +1,15 @@
 """Triton kernels for NVIDIA GPUs from Ampere on behind `fastgpt.ops`: one file an op, in the order kernels, launchers, op.
 
-They are imported where PyTorch finds a GPU and triton is installed, so that elsewhere nothing of it loads.
+Neither CUDA nor triton is touched before the first call with a CUDA tensor.
 """
+import functools
 import importlib.util
 
 import torch
 
+from fastgpt.autograd.tensors import MAX_HEAD_SIZE
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_HEAD_SIZE = 256
 MAX_COLUMNS = 8192  # of a row that a norm's backward holds in registers
 MIN_CAPABILITY = (8, 0)
 KERNELS = {}  # op -> function, once `load` has run
@@ -15,18 +17,31 @@ MODULES = []  # those with kernels, likewise
 devices = ["cuda"]
 
 
-def _missing():
+def missing(index):
+    """Why the kernels can't run on the GPU of this index (None: the current one), or None. Imports them."""
+    return _missing(index)
+
+
+# A compiler asks once and does not look inside: torch.compiler.assume_constant_result, which would import half of torch.
+missing._dynamo_marked_constant = True
+
+
+@functools.lru_cache
+def _missing(index):
+    if torch.version.hip:
+        return "they were written for NVIDIA GPUs"
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install 'fastgpt[gpu]'"
-    capability = torch.cuda.get_device_capability()
+    capability = torch.cuda.get_device_capability(index)
     if capability < MIN_CAPABILITY:
         return "the Triton kernels need compute capability 8.0, the device has {}.{}".format(*capability)
+    try:
+        load()
+    except ImportError as error:
+        return f"triton can't be imported ({error})"
     return None
-
-
-MISSING = _missing()
 
 
 def load():
@@ -38,12 +53,13 @@ def load():
                    packed_attention=attention.packed_attention, cross_entropy=cross_entropy.cross_entropy)
 
 
-def why_not(op, device, *tensors, window=None, dropout_p=0.0):
-    """Why these kernels can't answer a call, or None. Of attention, q comes first."""
+def why_not(op, device, *tensors, **options):
+    """Why these kernels can't answer a call, or None; they know all options. Of attention, q comes first."""
     if device not in devices:
         return f"the Triton kernels are for {devices[0]}, not for {device}"
-    if MISSING:
-        return MISSING
+    reason = missing(tensors[0].device.index if tensors else None)
+    if reason:
+        return reason
     if op not in KERNELS:
         return f"{op} has no Triton kernel"
     for tensor in tensors:
@@ -54,7 +70,3 @@ def why_not(op, device, *tensors, window=None, dropout_p=0.0):
     if op in ("layer_norm", "add_layer_norm") and tensors and tensors[0].shape[-1] > MAX_COLUMNS:
         return f"the Triton layer norm takes rows of up to {MAX_COLUMNS}, not {tensors[0].shape[-1]}"
     return None
-
-
-if MISSING is None:
-    load()

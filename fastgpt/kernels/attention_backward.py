@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 
 from fastgpt.autograd.attention import empty_joinable
+from fastgpt.autograd.tensors import dense
 from fastgpt.kernels.dropout import dropout_arguments, keep_mask, row_keys
-from fastgpt.kernels.launch import architecture, dense, launch
+from fastgpt.kernels.launch import architecture, launch
 from fastgpt.kernels.tiles import (
     block_d,
     head_strides,
@@ -247,7 +248,7 @@ def backward(dout, q, k, v, out, lse, key_mask, seed, causal, scale, dropout_p, 
     block_m, block_n, options = attention_config("dk_dv", arch, *call)
     launch(attention_dk_dv_kernel, B * G * triton.cdiv(S, block_n),
            (q, k, v, dout, lse, delta, dk, dv, key_bias, *starts, *inputs, *head_strides(dout), *head_strides(dk),
-            *head_strides(dv), *numbers), dict(constants, BLOCK_M=block_m, BLOCK_N=block_n, LOOP=H > G or arch > 80), **options)
+            *head_strides(dv), *numbers), dict(constants, BLOCK_M=block_m, BLOCK_N=block_n, LOOP=H > G or arch in (90, 100)), **options)
     return dq, dk, dv
 
 

@@ -100,9 +100,15 @@ def _multiply(a, b, out, *, accumulate=False, bias=None):
     return out
 
 
+# cuBLAS adds 16-bit products to a float32 sum as it goes, which PyTorch has offered since 2.10.
+ADDS_TO_FLOAT32 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+
+
 def _accumulate(a, b, out):
-    if a.is_cuda and a.dtype != torch.float32:
-        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)  # cuBLAS adds to float32 as it goes
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, out=out)
+    elif a.is_cuda and ADDS_TO_FLOAT32:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         out += torch.mm(a, b)
 

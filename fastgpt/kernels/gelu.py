@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from fastgpt.autograd.gelu import define_gelu
-from fastgpt.kernels.launch import dense, launch, processors, rows_of
+from fastgpt.autograd.tensors import dense, rows_of
+from fastgpt.kernels.launch import launch, processors
 from fastgpt.kernels.reduce import sum_rows
 from fastgpt.kernels.spec import Spec
 from fastgpt.kernels.tuning import GELU_BLOCK, GELU_PROGRAMS, GELU_WARPS
@@ -85,8 +86,8 @@ def gelu_backward_kernel(DY, X, BIAS, DX, PARTIAL, rows, columns, HAS_BIAS: tl.c
 
 
 def _matrix(x, by_column):
-    """(rows, columns, rows and columns of a block): without a meaning of columns, rows as long as a block."""
-    if by_column:
+    """(rows, columns, rows and columns of a block): without a meaning of columns one row, while 32 bits can count it."""
+    if by_column or x.numel() >= 2 ** 31 - GELU_BLOCK:
         rows, columns = rows_of(x)
         width = min(GELU_BLOCK, triton.next_power_of_2(max(columns, 1)))
         return rows, columns, GELU_BLOCK // width, width

@@ -3,7 +3,7 @@ import functools
 
 import torch
 
-ARCHITECTURES = (80, 90, 100)  # that tuning.py has configurations for
+ARCHITECTURES = (80, 86, 90, 100, 120)  # that tuning.py knows
 
 
 class OnDevice:
@@ -19,7 +19,7 @@ class OnDevice:
     @staticmethod
     @functools.lru_cache
     def architecture(device):
-        """The compute capability as tuning.py has it: the newest that is not newer than the device's."""
+        """The compute capability as tuning.py has it: the newest that is not newer than the device's (8.9: 86)."""
         major, minor = torch.cuda.get_device_capability(device)
         return max(known for known in ARCHITECTURES if known <= major * 10 + minor)
 
@@ -45,16 +45,6 @@ def architecture(device):
 
 def processors(device):
     return executor.processors(device)
-
-
-def dense(*tensors):
-    """Contiguous tensors of the same values; None stays None."""
-    return tuple(t if t is None else t.contiguous() for t in tensors)
-
-
-def rows_of(x):
-    """(rows, columns) of a contiguous tensor seen as a matrix over its last dimension."""
-    return x.numel() // max(x.shape[-1], 1), x.shape[-1]
 
 
 def words(seed):

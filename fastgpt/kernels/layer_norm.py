@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 
 from fastgpt.autograd.layer_norm import define_layer_norm
+from fastgpt.autograd.tensors import dense, rows_of
 from fastgpt.kernels.dropout import dropout_arguments, keep_mask, row_keys
-from fastgpt.kernels.launch import dense, launch, processors, rows_of
+from fastgpt.kernels.launch import launch, processors
 from fastgpt.kernels.reduce import sum_rows
 from fastgpt.kernels.spec import Spec
 from fastgpt.kernels.tuning import norm_backward_config, norm_forward_config

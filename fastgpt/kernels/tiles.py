@@ -135,11 +135,14 @@ def block_d(D):
 
 
 def precision(dtype):
-    """How products of float32 are made: three in TF32 for each, as exact as float32's own and twice as fast (plain FMAs would
-    spill hundreds of registers here), or one where the user lets PyTorch do so. Others have no choice."""
+    """How products of float32 are made: three in TF32 for each, which lose two of its bits (plain FMAs would spill hundreds
+    of registers here), or one where the user lets PyTorch do so. Others have no choice."""
     if dtype != torch.float32:
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    chosen = getattr(torch.backends.cuda.matmul, "fp32_precision", None)  # since torch 2.9, which refuses to mix both ways
+    if chosen is None:
+        chosen = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if chosen == "tf32" else "tf32x3"
 
 
 def positive_scale(scale):

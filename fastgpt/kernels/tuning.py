@@ -42,7 +42,11 @@ ATTENTION = {
     ("dk_dv", 80): {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 8, 3), 256: (32, 32, 8, 2)},
     ("dk_dv", 90): {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (32, 128, 8, 3), 256: (16, 32, 4, 1)},
     ("dk_dv", 100): {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (32, 64, 4, 2), 256: (16, 32, 4, 1)},
+    # 99 KB of shared memory a block, where sm_80 has 163
+    ("dk_dv", 86): {128: (64, 64, 8, 2)},
 }
+# Where an architecture has no row of its own. sm_120 has sm_86's tensor instructions and shared memory, not sm_100's.
+PARENT = {86: 80, 100: 90, 120: 86}
 # Where a class of calls takes registers of its own: dropout's hash and a window's third loop, a key mask's bias.
 ATTENTION_BUSY = {
     ("forward", 80): {16: (128, 64, 8, 3), 32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 32, 8, 3)},
@@ -72,10 +76,12 @@ def attention_config(kernel, arch, dtype, width, busy, key_mask):
     a window."""
     special = [ATTENTION_BUSY] if busy else [ATTENTION_KEY_MASK] if key_mask else []
     for table in [ATTENTION_FLOAT32] if dtype.itemsize == 4 else [*special, ATTENTION]:
-        widths = table.get((kernel, arch)) or table.get((kernel, min(arch, 90)), {})
-        if width in widths:
-            block_m, block_n, num_warps, num_stages = widths[width]
-            return block_m, block_n, {"num_warps": num_warps, "num_stages": num_stages}
+        known = arch
+        while known:
+            if width in table.get((kernel, known), {}):
+                block_m, block_n, num_warps, num_stages = table[kernel, known][width]
+                return block_m, block_n, {"num_warps": num_warps, "num_stages": num_stages}
+            known = PARENT.get(known)
 
 
 CROSS_ENTROPY_BLOCK, CROSS_ENTROPY_WARPS = 4096, 8  # 16 elements a thread: two 16-byte loads of a 16-bit dtype

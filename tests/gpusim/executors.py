@@ -63,13 +63,13 @@ class Recorder(Interpreter):
 def running(executor, device="cpu"):
     """Within this context the Triton kernels answer every op, for tensors of `device`, and `executor` runs them."""
     kernels.load()
-    before = launch.executor, kernels.MISSING, list(kernels.devices)
-    launch.executor, kernels.MISSING, kernels.devices[:] = executor, None, [device]
+    before = launch.executor, kernels.missing, list(kernels.devices)
+    launch.executor, kernels.missing, kernels.devices[:] = executor, lambda index: None, [device]
     try:
         with ops.backend("triton"):
             yield executor
     finally:
-        launch.executor, kernels.MISSING, kernels.devices[:] = before
+        launch.executor, kernels.missing, kernels.devices[:] = before
 
 
 def specialise(kernel, arguments, constants):

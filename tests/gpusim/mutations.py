@@ -98,7 +98,7 @@ MUTATIONS = [
     machine_code("copies waited for too late", r"(cp\.async\.wait_group\s+)0;", r"\g<1>3;",
                  COMPILED + "attention-bfloat16-80", 0),
     machine_code("a sum across the wrong lanes", r"(shfl\.sync\.bfly\.b32[^;]*), 2, 31", r"\1, 4, 31",
-                 COMPILED + "add_layer_norm-float32-80", 0),
+                 COMPILED + "add_layer_norm-bfloat16-80", 0),
     machine_code("a product not waited for, sm_90", r"wgmma\.wait_group\.sync\.aligned\s+0;", "",
                  COMPILED + "attention-bfloat16-90", 0),
 ]

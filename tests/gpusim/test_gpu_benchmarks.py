@@ -51,7 +51,7 @@ def poisoned_outputs():
 
 @pytest.fixture
 def no_gpu(monkeypatch):
-    monkeypatch.setattr(kernels, "MISSING", NO_GPU)
+    monkeypatch.setattr(kernels, "missing", lambda index: NO_GPU)
 
 
 def small_cases():

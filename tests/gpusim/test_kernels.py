@@ -15,9 +15,10 @@ kernels.load()
 SPECS = {spec.name: spec for module in kernels.MODULES for spec in getattr(module, "SPECS", ())}
 ARCHS = [80, 90]
 # The compiled code of the other dtypes is that of bfloat16 but for its loads, stores and products.
-OTHER_DTYPES = ["attention", "add_layer_norm", "bias_gelu, tanh", "cross_entropy"]
-COMPILED = [*((name, "bfloat16") for name in SPECS),
-            *((name, dtype) for name in OTHER_DTYPES for dtype in ("float16", "float32"))]
+OTHER_DTYPES = [("float16", 80), ("float32", 90)]
+COMPILED = [*((name, "bfloat16", arch) for name in SPECS for arch in ARCHS),
+            *((name, dtype, arch) for name in ("attention", "add_layer_norm", "bias_gelu, tanh", "cross_entropy")
+              for dtype, arch in OTHER_DTYPES)]
 
 
 def call(spec, module, others):
@@ -41,8 +42,7 @@ def test_interpreted_with_its_programs_in_any_order(name, dtype):
         check(SPECS[name], getattr(torch, dtype))
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("name, dtype", COMPILED)
+@pytest.mark.parametrize("name, dtype, arch", COMPILED)
 def test_compiled(name, dtype, arch):
     with running(MachineCode(arch)):
         check(SPECS[name], getattr(torch, dtype))

@@ -96,3 +96,11 @@ def test_no_access_moves_two_bytes():
     for row in RECORDED:
         assert sum(count for width, count in row["widths"].items() if width.endswith((".16", ".8"))) <= 1 or (
             "key mask" in row["spec"]), (row["kernel"], row["widths"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [86, 120])
+def test_what_smaller_processors_can_start(arch):
+    """sm_86, 89 and 120 give a block 99 KB of shared memory, where sm_80 gives 163."""
+    for row in rows([arch]):
+        assert row["shared"] <= 99 * 1024, identity(row)
