@@ -14,6 +14,9 @@ from fastgpt import kernels, ops, reference
 kernels.load()
 SPECS = {spec.name: spec for module in kernels.MODULES for spec in getattr(module, "SPECS", ())}
 ARCHS = [80, 90]
+# One of each op, where its other calls would show nothing more.
+ONE_OF_EACH = ["attention, GQA", "packed_attention", "cross_entropy", "cross_entropy of rows", "bias_gelu",
+               "add_layer_norm, dropout"]
 # The compiled code of the other dtypes is that of bfloat16 but for its loads, stores and products.
 OTHER_DTYPES = [("float16", 80), ("float32", 90)]
 COMPILED = [*((name, "bfloat16", arch) for name in SPECS for arch in ARCHS),
@@ -66,7 +69,7 @@ def test_sizes_of_one(sizes):
     assert all(leaf.grad.isfinite().all() for leaf in leaves)
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_the_same_bits_in_any_order_of_programs(name):
     spec = SPECS[name]
     inputs, others = spec.inputs(torch.bfloat16, "cpu", False)
@@ -81,7 +84,7 @@ def test_the_same_bits_in_any_order_of_programs(name):
     assert all(map(torch.equal, *results))
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_compiles_whole_to_the_same_bits(name):
     """As one graph, forward and backward, in which the op is used twice."""
     spec = SPECS[name]
