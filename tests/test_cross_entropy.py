@@ -100,8 +100,8 @@ def test_ignored_targets(reduction, ignored, implementation):
     check_op(ours, inputs, truth)
 
 
-def test_all_ignored(implementation):
-    inputs, targets = make_inputs(5, K=8, V=10, bias=True)
+def test_all_ignored(dtype, implementation):
+    inputs, targets = make_inputs(5, K=8, V=10, dtype=dtype, bias=True)
     targets[:] = -100
     loss, *gradients = loss_and_gradients(*inputs.values(), targets)
     assert loss.isnan() and not any(g.any() for g in gradients)

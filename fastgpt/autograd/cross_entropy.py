@@ -108,7 +108,7 @@ def define_cross_entropy(prefix, launchers):
         if any(wanted):
             scale = torch.ones(1, dtype=torch.float32, device=x.device)
             if mean and not _divides_later(x.dtype):
-                scale = scale / (count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1))
+                scale = scale / _at_least_one(count)
         losses, gradients = _in_chunks(launchers, x, weight, bias, targets, (ignore_index, smoothing, z_loss), scale,
                                        wanted)
         total = losses.sum(dtype=torch.float64)
@@ -128,7 +128,7 @@ def define_cross_entropy(prefix, launchers):
             return (None,) * 9
         *gradients, targets = ctx.saved_tensors
         if ctx.mean and _divides_later(gradients[0].dtype):
-            dloss = dloss / launchers.count(targets, ctx.V, ctx.ignore_index)
+            dloss = dloss / _at_least_one(launchers.count(targets, ctx.V, ctx.ignore_index))
         gradients = (launchers.multiply_gradient(g, dloss) for g in gradients)
         wanted = (g if want else None for g, want in zip(gradients, ctx.needs_input_grad))
         return *wanted, None, None, None, None, None, None
@@ -176,6 +176,11 @@ def _fake_rows_forward(x, weight, bias, targets, ignore_index, smoothing, z_loss
 
 def _fake_rows_backward(dlosses, x, weight, bias, targets, ignore_index, smoothing, z_loss, wanted):
     return _fake_gradients(x, weight, wanted)
+
+
+def _at_least_one(count):
+    """What a mean's gradients are divided by: with every target ignored they are 0, not 0 / 0."""
+    return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1)
 
 
 def _divides_later(dtype):
