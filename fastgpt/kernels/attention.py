@@ -28,6 +28,7 @@ from fastgpt.kernels.tiles import (
     longest,
     positive_scale,
     precision,
+    program_place,
     sequence,
     store_rows,
     unit_stride,
@@ -80,9 +81,8 @@ def attention_forward_kernel(
     the scores' times log2(e), without its sign, which is NEGATIVE's. LSE: natural logarithms. window: how many keys a
     query sees, its own included.
     """
-    blocks = tl.cdiv(T, BLOCK_M)
-    b, h = tl.program_id(0) // blocks // H, tl.program_id(0) // blocks % H
-    first_row = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
+    b, h, block, blocks = program_place(T, H, BLOCK_M)
+    first_row = (blocks - 1 - block) * BLOCK_M
     q_offset, T = sequence(Q_STARTS, b, q_batch, q_row, T, PACKED)
     if first_row >= T:
         return

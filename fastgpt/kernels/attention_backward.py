@@ -25,6 +25,7 @@ from fastgpt.kernels.tiles import (
     longest,
     positive_scale,
     precision,
+    program_place,
     row_ranges,
     sequence,
     store_rows,
@@ -70,9 +71,8 @@ def attention_dq_kernel(
         DROPOUT: tl.constexpr, NEGATIVE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
         BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """DQ, and DELTA (as LSE): the row sums of OUT * DOUT. The arguments are those of attention_forward_kernel."""
-    blocks = tl.cdiv(T, BLOCK_M)
-    b, h = tl.program_id(0) // blocks // H, tl.program_id(0) // blocks % H
-    first_row = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
+    b, h, block, blocks = program_place(T, H, BLOCK_M)
+    first_row = (blocks - 1 - block) * BLOCK_M
     q_offset, T = sequence(Q_STARTS, b, q_batch, q_row, T, PACKED)
     if first_row >= T:
         return
@@ -180,10 +180,8 @@ def attention_dk_dv_kernel(
 
     LOOP: over the GROUP heads. A loop of one turn costs registers on sm_80; without it sm_90's wgmma wait for each other.
     """
-    blocks = tl.cdiv(S, BLOCK_N)
-    G = H // GROUP
-    b, g = tl.program_id(0) // blocks // G, tl.program_id(0) // blocks % G
-    first_key = tl.program_id(0) % blocks * BLOCK_N
+    b, g, block, _ = program_place(S, H // GROUP, BLOCK_N)
+    first_key = block * BLOCK_N
     k_offset, S = sequence(K_STARTS, b, k_batch, k_row, S, PACKED)
     if first_key >= S:
         return

@@ -7,6 +7,14 @@ LOG2E = 1.4426950408889634
 
 
 @triton.jit
+def program_place(length, heads, BLOCK: tl.constexpr):
+    """(batch, head, block, blocks of a head) of this program: programs of one head are neighbours, whose keys share the L2."""
+    blocks = tl.cdiv(length, BLOCK)
+    head = tl.program_id(0) // blocks
+    return head // heads, head % heads, tl.program_id(0) % blocks, blocks
+
+
+@triton.jit
 def sequence(STARTS, b, batch_stride, row_stride, length, PACKED: tl.constexpr):
     """(offset of sequence b's first row, its length). PACKED: its rows lie behind the other sequences', from STARTS[b] on."""
     if PACKED:
