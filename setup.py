@@ -30,13 +30,16 @@ X86_LEVEL_FLAGS = {
 # Strips the symbols and hides the C++ library's templates and the CUDA runtime from other extensions in the process.
 LINK_FLAGS = (["-Wl,-exported_symbol,_PyInit__C", "-Wl,-x"] if sys.platform == "darwin" else
               ["-Wl,--version-script=csrc/exports.map", "-s", "-pthread"])
-# Machine code for these, as far as nvcc knows them, and PTX of the last, from which a driver makes the rest.
-CUDA_ARCHS = ("80", "90", "100")
+# Machine code for these, as far as nvcc knows them (8.6 and 8.9 run that of 8.0), and PTX of the last, from which
+# a driver makes the rest.
+CUDA_ARCHS = ("75", "80", "90", "100", "120")
 # The slowest first.
 SOURCES = [f"csrc/cpu/{name}.cpp" for name in (
     "engine_avx512_bf16", "engine_avx512_vnni", "engine_avx512", "engine_avx2", "engine_baseline", "level_avx512",
     "level_baseline", "level_avx2")] + ["csrc/bindings_engine.cpp", "csrc/bindings.cpp", "csrc/cpu/isa.cpp", "csrc/cpu/pool.cpp"]
-CUDA_SOURCES = ["csrc/cuda/device.cu"]
+CUDA_SOURCES = [f"csrc/cuda/{name}.cu" for name in (
+    "paged_attention_bytes", "paged_attention", "weight_only", "sampling", "store_kv", "device")]
+CUDA_BINDINGS = "csrc/bindings_cuda.cpp"
 HEADERS = sorted(str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".inl", ".cuh", ".map"))
 
 
@@ -118,7 +121,7 @@ class Build(build_ext):
         print(f"fastgpt: {record}", flush=True)
         self.defines = [f"-DFASTGPT_BUILD_RECORD={json.dumps(record)}", *(["-DFASTGPT_CUDA"] if nvcc else [])]
         jobs = [lambda s=s: self.compile_cuda(nvcc, s) for s in CUDA_SOURCES if nvcc]
-        jobs += [lambda s=s: self.compile_source(s) for s in ext.sources]
+        jobs += [lambda s=s: self.compile_source(s) for s in [*ext.sources, *([CUDA_BINDINGS] if nvcc else [])]]
         with ThreadPoolExecutor(usable_cpus()) as pool:
             objects = list(pool.map(lambda job: job(), jobs))
         self.link(objects, self.get_ext_fullpath(ext.name), cuda_link_flags(nvcc) if nvcc else [])

@@ -10,6 +10,7 @@
 #include "cpu/pool.h"
 #include "kernels.h"
 #ifdef FASTGPT_CUDA  // set by setup.py, as is FASTGPT_BUILD_RECORD
+#include "bindings_cuda.h"
 #include "cuda/device.h"
 #endif
 
@@ -148,4 +149,8 @@ PYBIND11_MODULE(_C, m) {
   define(m, "check_targets", &Kernels::check_targets);
   define(m, "add_rows", &Kernels::add_rows);
   define_engine(m);
+#ifdef FASTGPT_CUDA
+  py::module_ kernels = m.def_submodule("cuda", "The CUDA kernels' launchers.");
+  define_cuda(kernels);
+#endif
 }

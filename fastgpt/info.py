@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import fastgpt
-from fastgpt import extension, ops
+from fastgpt import cuda, extension, kernels, ops
 from fastgpt.cpu.linear import bfloat16_product
 
 PACKAGES = ("fastgpt", "torch", "numpy", "triton", "transformers")
@@ -77,8 +77,11 @@ def _engine():
     if extension._C is None:
         return [_row("engine", f"none, GPT.generate runs the model's ops: {extension.MISSING}")]
     dots = extension._C.engine_dots() or "none beside the level's own"
+    refusal = kernels.missing(None) or cuda.missing(None)
+    gpu = f"not here: {refusal}" if refusal else "fastgpt.LLM(model, device=\"cuda\"), and GPT.generate of models there"
     return [_row("engine", f"C++ on the CPU for fastgpt.LLM, and for GPT.generate with float32 or bfloat16 weights; dot "
                            f"products: {dots}"),
+            _row("", f"on a GPU by Triton and CUDA kernels: {gpu}"),
             _row("", "GPT.generate runs the model's ops on other devices, under autocast, past the context, and for models "
                      "with hooks or other modules")]
 

@@ -8,15 +8,17 @@ import os
 
 import torch
 
-from fastgpt import cpu, kernels, paged, reference
+from fastgpt import cpu, cuda, kernels, paged, reference
 
 OPS = ("layer_norm", "add_layer_norm", "gelu", "bias_gelu", "linear", "attention", "packed_attention", "cross_entropy")
 INFERENCE_OPS = ("store_kv", "paged_attention")  # without a backward
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu")
-IMPLEMENTATIONS = {"reference": vars(reference), "cpp": cpu.KERNELS, "triton": kernels.KERNELS}
-REFUSALS = {"reference": lambda *call, **options: None, "cpp": cpu.why_not, "triton": kernels.why_not}
+IMPLEMENTATIONS = {"reference": vars(reference), "cpp": cpu.KERNELS, "triton": kernels.KERNELS, "cuda": cuda.KERNELS}
+REFUSALS = {"reference": lambda *call, **options: None, "cpp": cpu.why_not, "triton": kernels.why_not,
+            "cuda": cuda.why_not}
 # What is tried for a device, best first; the reference takes everything.
 PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")}
+CACHE_PREFERENCE = {**PREFERENCE, "cuda": ("cuda", "reference")}  # of INFERENCE_OPS
 
 
 def _known_backend(name, source):
@@ -30,7 +32,7 @@ _forced = _known_backend(os.environ.get("FASTGPT_BACKEND", "auto"), "FASTGPT_BAC
 
 @contextlib.contextmanager
 def backend(name):
-    """Within this context every op runs on the implementation `name` ("reference", "cpp", "triton" or "auto"), or raises."""
+    """Within this context every op runs on the implementation `name` ("reference", "cpp", "triton", "cuda" or "auto"), or raises."""
     global _forced
     before, _forced = _forced, _known_backend(name, "backend")
     try:
@@ -51,7 +53,8 @@ def resolve(op, *tensors, device=None, **options):
             raise RuntimeError(f"fastgpt.ops.{op}: the backend {_forced!r} was asked for, but {reason}")
         return _forced, "asked for by FASTGPT_BACKEND or ops.backend()"
     refusals = []
-    for name in PREFERENCE.get(device, ("reference",)):
+    preference = CACHE_PREFERENCE if op in INFERENCE_OPS else PREFERENCE
+    for name in preference.get(device, ("reference",)):
         reason = REFUSALS[name](op, device, *tensors, **options)
         if reason is None:
             return name, "; ".join(refusals) or f"the first choice on {device}"
@@ -315,28 +318,28 @@ def store_kv(cache, k, v, block_tables, query_lens, context_lens):
     _check(v.shape == k.shape and k.shape[1] == cache.v.shape[1],
            lambda: f"store_kv: k and v must have shape (N, {cache.v.shape[1]}, {cache.v.shape[3]}), got {tuple(k.shape)} "
                    f"and {tuple(v.shape)}")
-    _implementation("store_kv", k, v)(cache, k, v, block_tables, query_lens, context_lens)
+    _implementation("store_kv", k, v, cache=cache)(cache, k, v, block_tables, query_lens, context_lens)
 
 
-def paged_attention(q, cache, block_tables, query_lens, context_lens, *, scale=None):
+def paged_attention(q, cache, block_tables, query_lens, context_lens, *, scale=None, window=None):
     """Causal attention over a paged KV cache (Kwon et al. 2023, arXiv:2309.06180), without a backward.
 
     q (N, H, D): the last query_lens[s] tokens of each sequence, one sequence after another, whose keys are in the cache
     already; H a multiple of the cache's G heads. The other arguments are those of `store_kv` -> (N, H, D). scale: of the
-    scores, by default D ** -0.5. A row has the same bits for any pages, page size and split of its sequence into calls.
+    scores, by default D ** -0.5. window: how many keys a query sees at most, its own and those before it. A row has the same bits for any pages, page size and split of its sequence into calls.
     """
     _check_paged("paged_attention", cache, q, block_tables, query_lens, context_lens)
     G = cache.v.shape[1]
     _check(q.shape[1] % G == 0, lambda: f"paged_attention: q's {q.shape[1]} heads must be a multiple of the cache's {G}")
-    if scale is not None:
-        _check_number("paged_attention", "scale", scale, float("-inf"))
-    return _implementation("paged_attention", q)(q, cache, block_tables, query_lens, context_lens, scale=scale)
+    _check_scores("paged_attention", scale, True, window)
+    function = _implementation("paged_attention", q, cache=cache, window=window)
+    return function(q, cache, block_tables, query_lens, context_lens, scale=scale, window=window)
 
 
 def _check_paged(op, cache, rows, block_tables, query_lens, context_lens):
     _check_floating(op, "q" if op == "paged_attention" else "k", rows)
     _check(cache.k.dtype == cache.v.dtype and (cache.k.dtype in paged.DTYPES or cache.k.dtype == torch.float64),
-           lambda: f"{op}: cache must be of one dtype, float32, bfloat16 or int8, got {cache.k.dtype} and {cache.v.dtype}")
+           lambda: f"{op}: cache must be of one dtype, a paged.DTYPES, got {cache.k.dtype} and {cache.v.dtype}")
     _check(all(t.device.type == "cpu" for t in (block_tables, query_lens, context_lens)),
            lambda: f"{op}: block_tables, query_lens and context_lens must be on the CPU")
     pages, _, page_size, D = cache.v.shape

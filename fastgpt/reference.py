@@ -8,6 +8,8 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from fastgpt import paged
+
 GELU_APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}
 _GOLDEN = 0x9E3779B9
 
@@ -112,21 +114,22 @@ def store_kv(cache, k, v, block_tables, query_lens, context_lens):
 
 
 def _store_row(to, row, scales, at):
-    """row (G, D) into a view of a cache; of int8 rounded to multiples of a scale for each of the G."""
+    """row (G, D) into a view of a cache; of int8 and float8 rounded after a division by a scale for each of the G."""
     if scales is not None:
-        scale = row.float().abs().amax(-1) / 127
+        scale = row.float().abs().amax(-1) / paged.LARGEST[to.dtype]
         scales[at] = scale
-        row = (row.float() / scale.where(scale > 0, 1)[:, None]).round()
+        row = row.float() / scale.where(scale > 0, 1)[:, None]
+        row = row.round() if to.dtype == torch.int8 else row
     to.copy_(row)
 
 
-def paged_attention(q, cache, block_tables, query_lens, context_lens, *, scale=None):
+def paged_attention(q, cache, block_tables, query_lens, context_lens, *, scale=None, window=None):
     """q (N, H, D) -> (N, H, D). See `fastgpt.ops.paged_attention`."""
     out, row = [], 0
     for table, new, length in zip(block_tables, query_lens.tolist(), context_lens.tolist()):
         k, v = (cache.rows(name, table, length).to(q.dtype)[None] for name in "kv")
         queries = q[row:row + new].transpose(0, 1)[None]  # (1, H, new, D)
-        out.append(attention(queries, k, v, scale=scale)[0].transpose(0, 1))
+        out.append(attention(queries, k, v, scale=scale, window=window)[0].transpose(0, 1))
         row += new
     return torch.cat(out) if out else torch.empty_like(q)
 

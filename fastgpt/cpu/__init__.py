@@ -7,14 +7,14 @@ from fastgpt.cpu.launch import DTYPES
 from fastgpt.cpu.layer_norm import add_layer_norm, layer_norm
 from fastgpt.cpu.linear import linear
 from fastgpt.cpu.paged import paged_attention, store_kv
-from fastgpt.extension import MISSING
+from fastgpt.extension import CACHE_DTYPES, KEY_LANES, MISSING
 
 KERNELS = {"gelu": gelu, "bias_gelu": bias_gelu, "layer_norm": layer_norm, "add_layer_norm": add_layer_norm,
            "linear": linear, "attention": attention, "packed_attention": packed_attention, "cross_entropy": cross_entropy,
            "store_kv": store_kv, "paged_attention": paged_attention}
 
 
-def why_not(op, device, *tensors, window=None, dropout_p=0.0):
+def why_not(op, device, *tensors, window=None, dropout_p=0.0, cache=None):
     """Why these kernels can't answer a call, or None. Of attention, q comes first."""
     if MISSING:
         return MISSING
@@ -22,6 +22,8 @@ def why_not(op, device, *tensors, window=None, dropout_p=0.0):
         return f"{op} has no C++ kernel"
     if device != "cpu":
         return f"the C++ kernels are for the CPU, not for {device}"
+    if cache is not None and (cache.lanes != KEY_LANES or str(cache.v.dtype).removeprefix("torch.") not in CACHE_DTYPES):
+        return f"the C++ kernels take caches of {', '.join(CACHE_DTYPES)} with {KEY_LANES} keys side by side"
     for tensor in tensors:
         if tensor.dtype not in DTYPES:
             return f"the C++ kernels take float32 and bfloat16, not {tensor.dtype}"

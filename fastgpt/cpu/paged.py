@@ -32,7 +32,8 @@ def store_kv(cache, k, v, block_tables, query_lens, context_lens):
     _C.store_kv(_cache(cache), pointer(k), pointer(v), k.stride(0), pointer(sequences), len(sequences))
 
 
-def paged_attention(q, cache, block_tables, query_lens, context_lens, *, scale=None):
+def paged_attention(q, cache, block_tables, query_lens, context_lens, *, scale=None, window=None):
+    assert window is None, "why_not refuses it"
     D = q.shape[2]
     rows, block_tables = dense(q.float(), block_tables)
     out = torch.empty_like(rows)

@@ -1,0 +1,47 @@
+"""What the CUDA kernels are started with: tests put a module that runs them on the CPU in its place."""
+import functools
+
+import torch
+
+from fastgpt.extension import _C
+
+# csrc/cuda/kernels.h's numbers.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
+
+
+class OnDevice:
+    """The extension's launchers, on the current stream of a GPU."""
+
+    library = getattr(_C, "cuda", None)
+
+    @staticmethod
+    def stream(device):
+        return torch.cuda.current_stream(device).cuda_stream
+
+    @staticmethod
+    @functools.lru_cache
+    def processors(device):
+        """How many streaming multiprocessors the device has."""
+        return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+executor = OnDevice
+
+
+def run(name, device, *arguments):
+    """Calls a launcher of csrc/cuda/kernels.h with its arguments and the stream."""
+    stream = executor.stream(device)
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            getattr(executor.library, name)(*arguments, stream)
+    else:
+        getattr(executor.library, name)(*arguments, stream)
+
+
+def rows(tensor):
+    """csrc/cuda/kernels.h's Rows of a tensor whose rows are contiguous."""
+    return DTYPES[tensor.dtype], tensor.data_ptr(), tensor.stride(0)
+
+
+def pointer(tensor):
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,44 @@
+"""What takes the GPU's place behind `fastgpt.cuda.launch`: the CUDA sources on the CPU. `running_cuda(executor)` puts it
+there."""
+import contextlib
+
+import cuda_shim
+
+from fastgpt import cuda, ops
+from fastgpt.cuda import launch
+
+
+class Shim:
+    """Runs kernels thread by thread: order "fifo" or "rand:SEED" of the threads of a block and of the blocks; copies
+    "late", when they are waited for, or "early", at once."""
+
+    def __init__(self, order="fifo", copies="late", processors=2, module=None):
+        kind, _, seed = order.partition(":")
+        if kind not in ("fifo", "rand") or copies not in ("late", "early"):
+            raise ValueError(f"Shim({order!r}, {copies!r}): expected fifo or rand:SEED, and late or early")
+        self.module = module or cuda_shim.shim()
+        self.random, self.seed, self.early, self.count = kind == "rand", int(seed or 0), copies == "early", processors
+
+    @property
+    def library(self):
+        self.module.set_order(self.random, self.seed)
+        self.module.set_copies_early(self.early)
+        return self.module
+
+    def stream(self, device):
+        return 0
+
+    def processors(self, device):
+        return self.count
+
+
+@contextlib.contextmanager
+def running_cuda(executor, device="cpu"):
+    """Within this context the CUDA kernels answer every op, for tensors of `device`, and `executor` runs them."""
+    before = launch.executor, cuda.missing, list(cuda.devices)
+    launch.executor, cuda.missing, cuda.devices[:] = executor, lambda index: None, [device]
+    try:
+        with ops.backend("cuda"):
+            yield executor
+    finally:
+        launch.executor, cuda.missing, cuda.devices[:] = before

@@ -1,0 +1,220 @@
+"""The CUDA kernels of the paged KV cache, on the CPU: every dtype, odd heads, permuted pages, against the reference."""
+import cuda_shim
+import pytest
+import torch
+from cuda_executors import Shim, running_cuda
+from numerics import assert_accurate
+
+from fastgpt import ops, reference
+from fastgpt.cuda import launch, paged
+from fastgpt.paged import LARGEST, PagedCache
+
+pytestmark = pytest.mark.skipif(bool(cuda_shim.missing()), reason=str(cuda_shim.missing()))
+
+CACHES = [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn]
+LENS = [(1, 1), (1, 200), (1, 257), (3, 3), (2, 600), (0, 40)]  # (new tokens, with those before)
+
+
+class Case:
+    """Sequences whose earlier tokens are in the cache, which has three times the pages that they need; the others hold NaN."""
+
+    def __init__(self, page_size=16, cache=torch.bfloat16, dtype=None, D=24, H=4, G=2, lens=LENS, order=0):
+        torch.manual_seed(2)
+        dtype = dtype or (torch.bfloat16 if cache in LARGEST else cache)
+        self.query_lens, self.context_lens = (torch.tensor(column) for column in zip(*lens))
+        N, most = int(self.query_lens.sum()), -(-int(self.context_lens.max()) // page_size)
+        past = int((self.context_lens - self.query_lens).sum())
+        self.q = torch.randn(N, H, D).to(dtype)
+        self.new, self.past = (torch.randn(2, count, G, D).to(dtype) for count in (N, past))
+        pages = 3 * len(lens) * most
+        self.tables = torch.randperm(pages, generator=torch.Generator().manual_seed(order))[:len(lens) * most]
+        self.tables = self.tables.view(len(lens), most).int()
+        self.cache = PagedCache.empty(pages, G, page_size, D, cache, lanes=1)
+        self.spoil()
+
+    def spoil(self):
+        """What is not written must not be read: NaN in rows and scales, 99 in bytes, and in the tables no page."""
+        for name in ("k", "v", "k_scale", "v_scale"):
+            tensor = getattr(self.cache, name)
+            if tensor is not None:
+                tensor.copy_(torch.full_like(tensor, float("nan") if tensor.is_floating_point() else 99, dtype=torch.float32))
+        used = -(-self.context_lens // self.cache.page_size)
+        self.tables[torch.arange(self.tables.shape[1]) >= used[:, None]] = -7
+
+    def store(self):
+        before = self.context_lens - self.query_lens
+        tables = self.tables.clamp(min=0)
+        ops.store_kv(self.cache, *self.past, tables, before, before)
+        ops.store_kv(self.cache, *self.new, tables, self.query_lens, self.context_lens)
+        return self
+
+    def run(self, **options):
+        sequences = paged.Sequences.of(self.tables, self.query_lens, self.context_lens, self.q.device)
+        return paged.attend(self.q, self.cache, sequences, **options)
+
+    def truth(self, dtype=torch.float64, window=None):
+        """Attention over the rows that were stored, made in dtype."""
+        wide = PagedCache(*(t if t is None else t.to(dtype) for t in (self.cache.k, self.cache.v, self.cache.k_scale,
+                                                                      self.cache.v_scale)))
+        return reference.paged_attention(self.q.to(dtype), wide, self.tables.clamp(min=0), self.query_lens, self.context_lens,
+                                         window=window)
+
+    def check(self, **options):
+        found = self.run(**options)
+        window = options.get("window")
+        plain = self.truth(torch.float32, window).to(found.dtype)
+        assert_accurate("paged attention", found, self.truth(window=window), plain)
+
+
+@pytest.fixture(params=["fifo", "rand:1"])
+def shim(request):
+    with running_cuda(Shim(request.param, "late" if request.param == "fifo" else "early")) as executor:
+        yield executor
+
+
+@pytest.mark.parametrize("cache", CACHES, ids=str)
+@pytest.mark.parametrize(("D", "page_size"), [(24, 1), (59, 16), (64, 24), (80, 64), (128, 7), (256, 256), (200, 16)])
+def test_equals_attention(shim, cache, D, page_size):
+    Case(page_size, cache, D=D).store().check()
+
+
+@pytest.mark.parametrize("cache", CACHES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_stores_what_the_reference_stores(shim, cache, dtype):
+    """All of a cache's bits, and nothing beside the rows that were given."""
+    ours, theirs = (Case(cache=cache, dtype=dtype, D=D, page_size=5) for D in (37, 37))
+    ours.store()
+    with ops.backend("reference"):
+        theirs.store()
+    for name in ("k", "v", "k_scale", "v_scale"):
+        a, b = getattr(ours.cache, name), getattr(theirs.cache, name)
+        if a is None:
+            continue
+        a, b = a.float(), b.float()
+        if cache == torch.int8 and "scale" not in name:  # a product with the inverse may round the other way
+            assert (a - b).abs().max() <= 1 and (a != b).float().mean() < 0.01
+        elif cache == torch.float8_e4m3fn and "scale" not in name:
+            assert ((a != b) & ~(a.isnan() & b.isnan())).float().mean() < 0.01
+        else:
+            torch.testing.assert_close(a, b, rtol=3e-7 if "scale" in name else 0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("H", "G"), [(1, 1), (6, 6), (8, 2), (7, 1)])
+def test_groups_of_heads(shim, H, G):
+    Case(H=H, G=G, lens=[(1, 300), (2, 17)]).store().check()
+    Case(H=H, G=G, lens=[(1, 30), (1, 17)]).store().check()
+
+
+@pytest.mark.parametrize("window", [1, 5, 64, 256, 300])
+def test_a_window(shim, window):
+    Case(lens=[(1, 1), (1, 700), (5, 513)]).store().check(window=window)
+
+
+@pytest.mark.parametrize("cache", CACHES, ids=str)
+def test_a_row_has_the_same_bits_in_any_company(shim, cache):
+    """Alone or in a batch, token by token or several at once, in pages of any size and order, with any walk of the chunks."""
+    def last_rows(**options):
+        case = Case(cache=cache, **options).store()
+        ends = case.query_lens.cumsum(0) - 1
+        return case.run()[ends]
+    lens = [(1, 900), (1, 300)]
+    expected = last_rows(lens=lens)
+    for options in ({"page_size": 64}, {"order": 5}, {"page_size": 3}):
+        assert torch.equal(last_rows(lens=lens, **options), expected), options
+    for processors in (1, 1000):
+        shim.count = processors
+        assert torch.equal(last_rows(lens=lens), expected), processors
+
+
+def test_bits_of_tokens_together_are_those_of_each_alone(shim):
+    case = Case(lens=[(5, 600)]).store()
+    together = case.run()
+    for i in range(5):
+        one = paged.Sequences.of(case.tables, torch.tensor([1]), torch.tensor([596 + i]), "cpu")
+        assert torch.equal(paged.attend(case.q[i:i + 1], case.cache, one), together[i:i + 1])
+    short = paged.Sequences.of(case.tables, torch.tensor([1]), torch.tensor([200]), "cpu")
+    one_chunk = paged.attend(case.q[:1], case.cache, short)
+    short.max_context = 1000  # room for chunks that are not there
+    assert torch.equal(paged.attend(case.q[:1], case.cache, short), one_chunk)
+
+
+def test_pages_that_are_not_there_are_seen(shim):
+    """Their rows are NaN, the others as ever; nothing is read outside of the cache."""
+    case = Case(lens=[(1, 100), (1, 300), (1, 20)])
+    k, v = (torch.zeros(len(x) + 2, *x.shape[1:], dtype=x.dtype) for x in (case.cache.k, case.cache.v))
+    case.cache = PagedCache(k[1:-1], v[1:-1])  # what lies around it could be read without being noticed
+    case.store()
+    expected = case.run()
+    for bad in (-1, 10 ** 9, len(case.cache.v)):
+        table = case.tables.clone()
+        case.tables[1, 2] = bad
+        found = case.run()
+        case.tables = table
+        assert found[1].isnan().all() and torch.equal(found[[0, 2]], expected[[0, 2]])
+
+
+def test_slots_that_no_page_has_are_left_out(shim):
+    case = Case(D=16)
+    before = case.cache.v.clone()
+    k = torch.ones(3, 2, 16, dtype=torch.bfloat16)
+    paged.write(case.cache, k, k, torch.tensor([-1, len(before) * 16, 5]))
+    changed = (case.cache.v == 1).nonzero()[:, [0, 2]].unique(dim=0)
+    assert changed.tolist() == [[0, 5]]
+
+
+def test_numbers_that_are_not_finite_are_seen_in_scaled_caches(shim):
+    for cache in (torch.int8, torch.float8_e4m3fn):
+        case = Case(cache=cache, lens=[(1, 50), (1, 50)])
+        case.new[1, 0, 0, 3] = float("inf")
+        found = case.store().run()
+        assert found[0, :2].isnan().all() and found[0, 2:].isfinite().all() and found[1].isfinite().all()
+
+
+def test_rows_may_lie_apart(shim):
+    """q, k and v as views of one tensor."""
+    case = Case(H=2, G=2, D=32, lens=[(1, 9), (4, 70)])
+    qkv = torch.randn(5, 3, 2, 32).to(torch.bfloat16)
+    case.q, case.new = qkv[:, 0], qkv[:, 1:].transpose(0, 1)
+    assert not case.new[0].is_contiguous()
+    case.store().check()
+
+
+@pytest.mark.parametrize("page_bytes", [16 * 5, 4 * 7])
+def test_copies_of_pages(shim, page_bytes):
+    tensors = torch.randint(0, 255, (3, 6, page_bytes), dtype=torch.uint8)
+    expected = tensors.clone()
+    expected[:, 4], expected[:, 0] = tensors[:, 1], tensors[:, 5]
+    pairs = torch.tensor([[1, 4], [5, 0]], dtype=torch.int32)
+    launch.run("copy_pages", tensors.device, tensors.data_ptr(), 3, tensors.stride(0), page_bytes, pairs.data_ptr(), 2)
+    assert torch.equal(tensors, expected)
+
+
+def test_nothing_to_do(shim):
+    case = Case(lens=[(0, 40), (0, 3)])
+    assert case.store().run().shape == (0, 4, 24)
+
+
+def test_the_op_takes_it(shim):
+    case = Case(cache=torch.float16).store()
+    found = ops.paged_attention(case.q, case.cache, case.tables.clamp(min=0), case.query_lens, case.context_lens, window=100)
+    assert_accurate("paged attention", found, case.truth(window=100), case.truth(torch.float32, 100).half())
+
+
+def test_a_division_by_the_page_size_is_exact(shim):
+    keys = torch.cat([torch.arange(100_000), torch.randint(0, paged.LONGEST, (100_000,)), torch.tensor([paged.LONGEST - 1])])
+    for size in range(2, 1025):
+        assert torch.equal(keys * shim.library.reciprocal(size) >> 32, keys // size), size
+    assert shim.library.reciprocal(1) == 0
+
+
+def test_launch_rules(shim):
+    rules = shim.library
+    assert [rules.rows_of_block(*sizes) for sizes in ((1, 1), (1, 4), (2, 1), (16, 8))] == [1, 4, 4, 4]
+    # A block walks over more chunks only while 8 blocks a processor remain, and never over more than there are, twice
+    for blocks, chunks, processors in ((12, 4, 132), (12 * 64, 4, 132), (12 * 256, 4, 132), (10 ** 6, 100, 1), (1, 1, 1)):
+        walk = rules.chunks_of_block(blocks, chunks, processors)
+        assert walk < 2 * chunks and walk & (walk - 1) == 0
+        assert walk == 1 or blocks * -(-chunks // (walk // 2)) > 8 * processors
+        assert walk >= chunks or blocks * -(-chunks // walk) <= 8 * processors
+    assert rules.partial_floats(3, 4, 64, rules.CHUNK) == 0
+    assert rules.partial_floats(3, 4, 64, rules.CHUNK + 1) == 3 * 4 * 2 * 66
