@@ -25,12 +25,12 @@ class Recorder(LLM):
         super().__init__(*args, **kwargs)
         self.seen = {}
 
-    def _sample(self, ready, logits):
+    def choose(self, ready, logits):
         for sequence, row in zip(ready, logits):
             tokens = tuple(sequence.ids[:sequence.length].tolist())
             known = self.seen.setdefault(tokens, row.tobytes())
             assert known == row.tobytes(), f"other bits after {len(tokens)} tokens"
-        return super()._sample(ready, logits)
+        return super().choose(ready, logits)
 
 
 def prompt(rng, length):

@@ -253,7 +253,7 @@ def test_an_interrupt_between_tokens_frees_everything(llm):
     assert llm.free_pages == llm._reservations.pages.num_pages
 
     class Interrupt(LLM):
-        def _sample(self, ready, logits):
+        def choose(self, ready, logits):
             raise KeyboardInterrupt
 
     broken = Interrupt(small_model())

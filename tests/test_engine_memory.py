@@ -25,7 +25,7 @@ loading = megabytes("VmHWM")
 llm.generate([[1] * 100], SamplingParams(max_tokens=100, temperature=0))
 print(json.dumps({"before": before, "loading": loading, "running": megabytes("VmHWM"), "torch": "torch" in sys.modules,
                   "packed": llm._weights._arena._bytes.nbytes / 2 ** 20,
-                  "kv": 200 * llm._runner.bytes_per_token / 2 ** 20}))
+                  "kv": 200 * llm.runner.bytes_per_token / 2 ** 20}))
 """
 MANY = STATUS + """
 import random

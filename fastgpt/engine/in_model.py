@@ -1,19 +1,22 @@
-"""`GPT.generate` on the decode engine: a model in memory gets an engine of its own, for as long as its weights stay as
-they were packed."""
+"""`GPT.generate` on the decode engine: a model in memory gets an engine of its own, on the CPU for as long as its weights
+stay as they were packed, on a GPU for as long as its parameters stay where they are, since the engine reads them there."""
 import contextlib
 import threading
 import weakref
 
 import torch
 
-from fastgpt import ops, torch_sampling
+from fastgpt import cuda, ops, torch_sampling
 from fastgpt.engine.llm import LLM, STEP_TOKENS
 from fastgpt.engine.sequence import Ending, Request
 from fastgpt.engine.weights import shapes
 from fastgpt.extension import _C, MISSING
 from fastgpt.model import GPT
 
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+# Of a model's weights, by the kind of device: what the engine takes there.
+DTYPES = {"cpu": {torch.float32: "float32", torch.bfloat16: "bfloat16"},
+          "cuda": {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}}
+KERNELS = {"cpu": "cpp", "cuda": "triton"}  # what the model's ops run on there
 _engines = weakref.WeakKeyDictionary()  # model -> (what its weights were, its engine)
 _dtypes = weakref.WeakKeyDictionary()  # model -> the dtype of its engine's weights, where it is not the model's
 _lock = threading.Lock()
@@ -24,6 +27,8 @@ def use_dtype(model, dtype):
     refusal = why_not(model)
     if refusal:
         raise ValueError(f"dtype {dtype} needs the decode engine, which can't take this model: {refusal}")
+    if device_of(model) != "cpu":
+        raise ValueError(f"dtype {dtype} is for models on the CPU; on a GPU fastgpt.LLM(model, {dtype!r}, device=\"cuda\") has it")
     _dtypes[model] = dtype
 
 
@@ -33,15 +38,21 @@ def why_not(model, prompts=(), params=None):
         return MISSING
     if _is_altered(model):
         return "the model is not a plain fastgpt.GPT of its config: modules, sizes or switches differ, or there are hooks"
-    if {p.device.type for p in model.parameters()} != {"cpu"}:
-        return "its weights are not on the CPU"
-    weight = model.lm_head.weight
+    weight, device = model.lm_head.weight, device_of(model)
+    kind = None if device is None else device.partition(":")[0]
+    if kind not in DTYPES:
+        return "its weights are not all on the CPU or on one GPU"
     dtypes = {p.dtype for p in model.parameters()}
-    if len(dtypes) > 1 or weight.dtype not in DTYPES:
-        return f"its weights are {', '.join(sorted(map(str, dtypes)))}; it takes float32 or bfloat16"
-    if ops.resolve("linear", weight)[0] != "cpp":
+    if len(dtypes) > 1 or weight.dtype not in DTYPES[kind]:
+        return f"its weights are {', '.join(sorted(map(str, dtypes)))}; it takes {', '.join(DTYPES[kind].values())}"
+    if ops.resolve("linear", weight)[0] != KERNELS[kind]:
         return f"the model's ops run on {ops.resolve('linear', weight)[0]}"
-    if torch.is_autocast_enabled("cpu"):
+    if kind == "cuda":
+        if cuda.missing(weight.device.index):
+            return cuda.missing(weight.device.index)
+        if not all(p.is_contiguous() for p in model.parameters()):
+            return "its weights are not contiguous"
+    if torch.is_autocast_enabled(kind):
         return "autocast is on"
     if any(module.training and getattr(module, name, 0.0) > 0 for module in model.modules() for name in ("p", "dropout")
            if isinstance(getattr(module, name, 0.0), float)):
@@ -53,6 +64,12 @@ def why_not(model, prompts=(), params=None):
     if engine is not None and engine.owner == threading.get_ident():
         return "a generation of this model is under way in this thread: its streamer is asking"
     return None
+
+
+def device_of(model):
+    """Where all of a model's parameters are, as text, or None."""
+    devices = {str(p.device) for p in model.parameters()}
+    return devices.pop() if len(devices) == 1 else None
 
 
 def _is_altered(model):
@@ -90,8 +107,10 @@ def generate(model, prompts, params, seeds, known, tokenizer):
 class _Engine(LLM):
     """One generation at a time; without a seed it draws from torch's generator, as nanoGPT does."""
 
+    _shares_weights = True
+
     def __init__(self, model, dtype):
-        super().__init__(model, dtype, kv_cache_tokens=model.config.block_size)
+        super().__init__(model, dtype, kv_cache_tokens=model.config.block_size, device=device_of(model))
         self._turn, self.owner = threading.Lock(), None
         self._known, self._torch_draws = None, False
 
@@ -115,15 +134,21 @@ class _Engine(LLM):
     def run(self, requests, ending):
         return self._run(requests, dict.fromkeys(requests, ending))
 
-    def _known_ids(self):
+    def known_ids(self):
         return self.config.vocab_size if self._known is None else min(self._known, self.config.vocab_size)
 
-    def _choose(self, ready, logits):
+    def choose(self, ready, logits):
         if not self._torch_draws:
-            return super()._choose(ready, logits)
-        rows, params = torch.from_numpy(logits[:, :self._known_ids()]), ready[0].request.params
-        counts = _counts(ready, rows.shape[1]) if params.penalises else None
-        return torch_sampling.choose(rows, params, counts).tolist()
+            return super().choose(ready, logits)
+        return self._draw_by_torch(ready, torch.from_numpy(logits)).tolist()
+
+    def draw(self, ready, logits):
+        return self._draw_by_torch(ready, logits).int() if self._torch_draws else super().draw(ready, logits)
+
+    def _draw_by_torch(self, ready, logits):
+        rows, params = logits[:, :self.known_ids()], ready[0].request.params
+        counts = _counts(ready, rows.shape[1]).to(rows.device) if params.penalises else None
+        return torch_sampling.choose(rows, params, counts)
 
 
 def _counts(sequences, V):
@@ -140,8 +165,9 @@ def _counts(sequences, V):
 def _engine_of(model):
     """The model's engine, made anew when a weight has changed since it was packed."""
     with _lock:
-        dtype = _dtypes.get(model, DTYPES[model.lm_head.weight.dtype])
-        state = dtype, _C.active_level(), [_fingerprint(p) for p in model.parameters()]
+        device = device_of(model)
+        dtype = _dtypes.get(model, DTYPES[device.partition(":")[0]][model.lm_head.weight.dtype])
+        state = device, dtype, _C.active_level(), [_fingerprint(p) for p in model.parameters()]
         before, engine = _engines.get(model, (None, None))
         if before != state:
             _engines.pop(model, None)  # its memory comes free before the new one's is taken
@@ -152,6 +178,9 @@ def _engine_of(model):
 
 
 def _fingerprint(parameter):
-    """A tensor's shape, dtype and a hash of its bits: 25 ms for GPT-2 124M, whatever way its weights were changed."""
+    """What says whether an engine is still that of this tensor: on a GPU where it is, since the engine reads it there; on the CPU
+    its shape, dtype and a hash of its bits: 25 ms for GPT-2 124M, whatever way its weights were changed."""
+    if parameter.is_cuda:
+        return parameter.shape, parameter.dtype, parameter.data_ptr()
     dense = parameter.detach().contiguous()
     return parameter.shape, parameter.dtype, _C.fingerprint(dense.data_ptr(), dense.nbytes)

@@ -1,5 +1,4 @@
 """`fastgpt.LLM`: text or token ids in, text, token ids and log probabilities out, on the decode engine."""
-import contextlib
 import threading
 from collections import deque
 from dataclasses import dataclass, field
@@ -7,23 +6,18 @@ from pathlib import Path
 
 import numpy as np
 
-from fastgpt import extension
 from fastgpt.config import GPTConfig, check_int
 from fastgpt.engine import weights as weights_module
-from fastgpt.engine.memory import address
+from fastgpt.engine.backends import backend_of, choose
 from fastgpt.engine.pages import OutOfPages, PageAllocator
-from fastgpt.engine.runner import CpuRunner
 from fastgpt.engine.scheduler import Reservations, Scheduler
 from fastgpt.engine.sequence import Ending, Request
-from fastgpt.extension import _C, CACHE_DTYPES, KEY_LANES
 from fastgpt.loading import checkpoint_folder
 from fastgpt.sampling import SamplingParams
 from fastgpt.text import StopFilter, known_ids
 
 PAGE_SIZE = 64
 STEP_TOKENS = 512  # of prompts, in one step
-CONTEXTS = 16  # full ones that the KV cache holds by default
-LARGEST_PAGE = 1024
 MOST_CACHE_TOKENS = 2 ** 27
 PATIENCE = 0.05  # seconds between two looks at pages that another thread holds
 
@@ -64,44 +58,43 @@ class LLM:
 
     model: the path of a directory as transformers or `GPT.save_pretrained` writes it, of a training run, of anything else
     that `GPT.from_pretrained` takes, or a `fastgpt.GPT`, whose weights are copied.
-    dtype: of the weights: "float32", "bfloat16", "int8" (a scale for each output) or "int4" (a scale for each 32 weights).
-    threads: of this engine's steps; None for `fastgpt.get_num_threads()`.
-    kv_cache_tokens: how many tokens' keys and values fit, by default those of 16 full contexts; memory is taken
-    as it is used. page_size: tokens of a page, a multiple of 16. kv_cache_dtype: "float32", "bfloat16" or "int8"; by
-    default float32 for float32 weights, else bfloat16.
+    device: "cpu", or "cuda" or "cuda:1" for an NVIDIA GPU.
+    dtype: of the weights: "float32", "bfloat16", "int8" (a scale for each output) or "int4" (a scale for each 32 weights), and on
+    a GPU "float16". By default float32 on the CPU, on a GPU bfloat16, or float16 where it has no products of bfloat16.
+    threads: of this engine's steps on the CPU; None for `fastgpt.get_num_threads()`.
+    kv_cache_tokens: how many tokens' keys and values fit, on the CPU by default those of 16 full contexts, and memory is
+    taken as it is used; on a GPU those of 256, or as many as 80 % of its free memory hold. page_size: tokens of a page, on
+    the CPU a multiple of 16. kv_cache_dtype: "float32", "bfloat16" or "int8", and on a GPU "float16" or "float8"; by default
+    that of the weights, for those of few bits that of what they are multiplied by, bfloat16 on the CPU.
     tokenizer: a `fastgpt.Tokenizer` or a path; by default the directory's own, if it has one.
 
-    The logits of a token have the same bits whatever else runs, however its prompt was cut, whichever pages it got and on
-    any number of threads. Safe to call from several threads; their steps take turns.
+    On the CPU the logits of a token have the same bits whatever else runs, however its prompt was cut, whichever pages it got
+    and on any number of threads. Safe to call from several threads; their steps take turns.
     """
 
-    def __init__(self, model, dtype="float32", threads=None, kv_cache_tokens=None, page_size=None, kv_cache_dtype=None,
-                 tokenizer=None, max_step_tokens=STEP_TOKENS):
+    _shares_weights = False  # with a model on the same GPU
+
+    def __init__(self, model, dtype=None, threads=None, kv_cache_tokens=None, page_size=None, kv_cache_dtype=None,
+                 tokenizer=None, max_step_tokens=STEP_TOKENS, device="cpu"):
         self._lock = threading.Condition(threading.Lock())  # of steps, pages and reservations; told when pages come free
         self._active, self._ended = [], deque()  # schedulers of calls that run, and of those that are to be closed
         self.max_step_tokens = check_int("max_step_tokens", max_step_tokens, 1)
-        threads = None if threads is None else check_int("threads", threads, 1, 1024)
-        page_size = check_int("page_size", PAGE_SIZE if page_size is None else page_size, KEY_LANES, LARGEST_PAGE)
-        if page_size % KEY_LANES:
-            raise ValueError(f"page_size must be a multiple of {KEY_LANES}, got {page_size}")
-        cache_dtype = kv_cache_dtype or ("float32" if dtype == "float32" else "bfloat16")
-        if cache_dtype not in CACHE_DTYPES:
-            raise ValueError(f"kv_cache_dtype must be one of {', '.join(CACHE_DTYPES)}, got {kv_cache_dtype!r}")
+        self._backend = backend_of(device, threads, self._shares_weights)
+        self._page_size = self._backend.page_size(PAGE_SIZE if page_size is None else page_size)
         if isinstance(model, (str, Path)):
             model = checkpoint_folder(model)
-        with _threads(threads):
-            packed = weights_module.PackedWeights(*_open(model), dtype)
-        self.config, self.dtype, self.kv_cache_dtype = packed.config, dtype, cache_dtype
-        self._weights, self._page_size, self._threads = packed, page_size, threads
-        self._make_cache(CONTEXTS * self.config.block_size if kv_cache_tokens is None else
+        self._weights = self._backend.weights(*_open(model), dtype)
+        self.config, self.dtype = self._weights.config, self._weights.dtype
+        self.kv_cache_dtype = self._backend.cache_dtype(self._weights, kv_cache_dtype)
+        self._make_cache(self._backend.cache_tokens(self._weights, self.kv_cache_dtype) if kv_cache_tokens is None else
                          check_int("kv_cache_tokens", kv_cache_tokens, 1, MOST_CACHE_TOKENS))
         self.tokenizer = _tokenizer_of(model, tokenizer)
 
     def _make_cache(self, tokens):
         pages = PageAllocator(-(-tokens // self._page_size), self._page_size)
         try:
-            self._runner = CpuRunner(self._weights, pages.num_pages, self._page_size, self.kv_cache_dtype, self._threads)
-        except (MemoryError, OSError) as error:
+            self.runner = self._backend.runner(self._weights, pages.num_pages, self._page_size, self.kv_cache_dtype)
+        except self._backend.out_of_memory as error:
             raise MemoryError(f"kv_cache_tokens: there is no memory for a cache of {tokens} tokens ({error})") from error
         self._reservations = Reservations(pages)
 
@@ -144,16 +137,16 @@ class LLM:
         request, = self._requests([prompt], SamplingParams(max_tokens=0))[0]
         logits = np.empty((len(request.prompt), self.config.vocab_size), np.float32)
         with self._lock:
-            scheduler = Scheduler(self._reservations, self._runner, [request], self.max_step_tokens)
+            scheduler = Scheduler(self._reservations, self.runner, [request], self.max_step_tokens)
             try:
                 self._close_ended()
                 scheduler.admit()
                 done = 0
                 while done < len(logits):
-                    _, tokens, rows, _ = scheduler.plan()
-                    part = logits[done:done + len(tokens)]
-                    self._runner.step(tokens, rows, np.arange(len(tokens), dtype=np.int32), part)
-                    done += len(tokens)
+                    step = scheduler.plan()
+                    step.wanted = np.arange(len(step.tokens), dtype=np.int32)
+                    self.runner.step(step, logits[done:done + len(step.tokens)])
+                    done += len(step.tokens)
             finally:
                 scheduler.close()
         return logits
@@ -214,16 +207,17 @@ class LLM:
 
     def _run(self, requests, endings):
         """Yields (sequence, new token), step by step, until all requests have ended. endings: of each request."""
-        scheduler = Scheduler(self._reservations, self._runner, [r for r in requests if r.params.max_tokens],
+        scheduler = Scheduler(self._reservations, self.runner, [r for r in requests if r.params.max_tokens],
                               self.max_step_tokens)
         self._active.append(scheduler)
+        under_way = None  # a step whose tokens are still unknown
         try:
             while scheduler.running or scheduler.waiting:
                 with self._lock:
                     self._close_ended()
                     while not self._admit(scheduler):
                         self._lock.wait(PATIENCE)
-                    made = self._step(scheduler, endings)
+                    made, under_way = self._backend.advance(self, scheduler, endings, under_way)
                     self._lock.notify_all()  # pages may have come free
                 yield from made
         finally:
@@ -252,45 +246,29 @@ class LLM:
             return False
         return True
 
-    def _step(self, scheduler, endings):
-        """One step: [(sequence, its new token)]."""
-        ready, tokens, rows, wanted = scheduler.plan()
-        logits = np.empty((len(wanted), self.config.vocab_size), np.float32)
-        self._runner.step(tokens, rows, wanted, logits)
-        if not ready:
-            return []
-        ready, logits = self._fork(scheduler, ready, logits)
-        new = self._sample(ready, logits)
-        for sequence, token in zip(ready, new):
-            sequence.push(token, endings[sequence.request])
-            if sequence.finish_reason:
-                scheduler.finish(sequence)
-        return list(zip(ready, new))
-
-    def _fork(self, scheduler, ready, logits):
-        """Samples of one prompt part here: each gets a row of logits of its own."""
-        if all(s.request.params.n == 1 or s.length > len(s.request.prompt) for s in ready):
-            return ready, logits
-        groups = [scheduler.fork(s) if s.length == len(s.request.prompt) else [s] for s in ready]
-        return [s for group in groups for s in group], np.repeat(logits, [len(group) for group in groups], axis=0)
-
-    def _sample(self, ready, logits):
-        """The next token of each sequence: logits (R, V), which are overwritten, -> R ids."""
-        reported = [(s, row.copy()) for s, row in zip(ready, logits) if s.logprobs is not None]
-        new = self._choose(ready, logits)
+    @staticmethod
+    def push(scheduler, endings, ready, new, reported):
+        """The new tokens of sequences, and their log probabilities from the rows of logits (sequence, row) of `reported`."""
+        if new and min(new) < 0:
+            raise ValueError("the model's logits are not finite: there is no distribution to draw from")
         chosen = dict(zip(ready, new))
         for sequence, row in reported:
             sequence.logprobs.append(_log_probabilities(row, chosen[sequence], sequence.request.params.logprobs))
-        return new
+        for sequence, token in chosen.items():
+            sequence.push(token, endings[sequence.request])
+            if sequence.finish_reason:
+                scheduler.finish(sequence)
+        return list(chosen.items())
 
-    def _choose(self, ready, logits):
-        tokens = np.empty(len(ready), np.int32)
-        _C.sample(address(logits), logits.shape[1], self._known_ids(), [s.draw() for s in ready], address(tokens))
-        if tokens.min() < 0:
-            raise ValueError("the model's logits are not finite: there is no distribution to draw from")
-        return tokens.tolist()
+    def choose(self, ready, logits):
+        """The next token of each sequence on the CPU: logits (R, V), which are overwritten, -> R ids."""
+        return choose(logits, self.known_ids(), ready)
 
-    def _known_ids(self):
+    def draw(self, ready, logits):
+        """The same on a GPU: tensors there."""
+        return self.runner.draw(logits, ready, self.known_ids())
+
+    def known_ids(self):
         """How many ids may be drawn."""
         known = known_ids(self.tokenizer)
         return self.config.vocab_size if known is None else min(known, self.config.vocab_size)
@@ -324,19 +302,6 @@ def _log_probabilities(logits, chosen, count):
     likeliest = np.argpartition(-logs, min(count, len(logs) - 1))[:count]
     ids = dict.fromkeys([*likeliest[np.argsort(-logs[likeliest], kind="stable")].tolist(), chosen])
     return {i: float(logs[i]) for i in ids}
-
-
-@contextlib.contextmanager
-def _threads(count):
-    """Within this context the kernels have so many threads; None leaves them."""
-    before = extension.get_num_threads()
-    if count is not None:
-        extension.set_num_threads(count)
-    try:
-        yield
-    finally:
-        if extension.get_num_threads() != before:
-            extension.set_num_threads(before)
 
 
 def _open(model):

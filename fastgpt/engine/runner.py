@@ -30,14 +30,18 @@ class CpuRunner:
         self._decoder = _C.Decoder(sizes, weights.layers, caches, weights.ln_f, weights.head, weights.embedding,
                                    weights.positions)
 
-    def step(self, tokens, sequences, wanted, logits):
-        """Runs tokens (M,) int32 of `sequences` (S, 4) int64, rows as csrc/engine.h's PagedSequence has them, and writes
-        the logits (L, V) float32 of the rows `wanted` (L,) int32."""
+    def step(self, step, logits=None):
+        """Runs a scheduler's `Step`: -> the logits (L, V) float32 of its wanted rows, in `logits` where that is given."""
         if _C.active_level() != self.weights.level:
             raise RuntimeError(f"these weights were packed for the level {self.weights.level}, but {_C.active_level()} is "
                                "in use now")
-        self._decoder.step(self.threads or 0, address(tokens), len(tokens), address(sequences), len(sequences), address(wanted),
-                           len(wanted), address(logits))
+        if logits is None:
+            logits = np.empty((len(step.wanted), self.weights.config.vocab_size), np.float32)
+        sequences = np.empty((len(step.places), 4), np.int64)  # csrc/engine.h's PagedSequence
+        sequences[:, :3], sequences[:, 3] = step.places, [address(table) for table in step.tables]
+        self._decoder.step(self.threads or 0, address(step.tokens), len(step.tokens), address(sequences), len(sequences),
+                           address(step.wanted), len(step.wanted), address(logits))
+        return logits
 
     def copy_pages(self, copies):
         """copies: (page, copy) pairs."""

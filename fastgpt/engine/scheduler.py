@@ -4,12 +4,29 @@ A request is let in when the pages that it may come to need are free: nothing is
 """
 import threading
 from collections import deque
+from dataclasses import dataclass
 
 import numpy as np
 
-from fastgpt.engine.memory import address
 from fastgpt.engine.pages import OutOfPages
 from fastgpt.engine.sequence import Sequence
+
+
+@dataclass
+class Step:
+    """Tokens of some sequences, one sequence behind the other.
+
+    tokens (M,) int32; places (S, 3) int64: of each sequence its first row, how many rows, and the position of the first;
+    tables: its pages, int32 arrays. wanted (L,) int32: the rows whose logits give the next tokens of the sequences `ready`.
+    late: {row: i} of the tokens (-1 here) that the step before drew as its i-th, and that are still on their way.
+    """
+
+    tokens: np.ndarray
+    places: np.ndarray
+    tables: list
+    wanted: np.ndarray
+    ready: list
+    late: dict
 
 
 class Reservations:
@@ -54,23 +71,30 @@ class Scheduler:
                              f"{self.waiting[0].most_pages(self.pages)}")
 
     def plan(self):
-        """The next step: -> (sequences whose next token it gives, tokens, rows of `csrc/engine.h`'s PagedSequence, rows
-        of the tokens whose logits are wanted)."""
-        budget, row, ready, tokens, rows, wanted = self.max_tokens, 0, [], [], [], []
+        """The next `Step`, or None where all sequences wait for a token that ends them."""
+        budget, row, ready, tokens, places, tables, wanted, late = self.max_tokens, 0, [], [], [], [], [], {}
         for sequence in self.running:
-            begin, count = sequence.computed, min(sequence.length - sequence.computed, budget)
+            if sequence.ends_when_known:
+                continue
+            begin, length = sequence.computed, sequence.drawn_length
+            count = min(length - begin, budget)
             if count == 0:
                 break
             self._reserve(sequence, count)
-            rows.append((row, count, begin, address(self._tables[sequence])))
+            places.append((row, count, begin))
+            tables.append(self._tables[sequence])
             tokens.append(sequence.ids[begin:begin + count])
             sequence.computed += count
             budget, row = budget - count, row + count
-            if sequence.computed == sequence.length:
+            if sequence.computed == length:
                 ready.append(sequence)
                 wanted.append(row - 1)
+                if sequence.on_its_way:
+                    late[row - 1] = sequence.drawn_at
+        if not places:
+            return None
         tokens = tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
-        return ready, tokens, np.array(rows, np.int64), np.array(wanted, np.int32)
+        return Step(tokens, np.array(places, np.int64), tables, np.array(wanted, np.int32), ready, late)
 
     def fork(self, sequence):
         """The samples of a sequence whose prompt has been read: itself and its siblings, which share its pages."""
@@ -80,6 +104,15 @@ class Scheduler:
             self.pages.fork(sequence, sibling)
             self._add(sibling, at=self.running.index(sequence) + sibling.sample)
         return [sequence, *siblings]
+
+    def fork_ready(self, ready, logits, repeat):
+        """Where samples of one prompt part, each gets a row of logits of its own: -> (sequences, their logits).
+        repeat(counts): the rows of logits, each so often."""
+        parting = [s.request.params.n > 1 and s.drawn_length == len(s.request.prompt) for s in ready]
+        if not any(parting):
+            return ready, logits
+        groups = [self.fork(s) if parts else [s] for s, parts in zip(ready, parting)]
+        return [s for group in groups for s in group], repeat([len(group) for group in groups])
 
     def finish(self, sequence):
         self.running.remove(sequence)

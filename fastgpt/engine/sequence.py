@@ -26,13 +26,15 @@ class Request:
 
 
 class Sequence:
-    """One of a request's n samples. ids[:length] are its tokens; `computed` of them are in the KV cache."""
+    """One of a request's n samples. ids[:length] are its tokens; `computed` of them are in the KV cache. on_its_way: how many
+    more have been drawn but are not known yet, the last of them as number drawn_at of its step."""
 
     def __init__(self, request, sample=0):
         self.request, self.sample = request, sample
         self.ids = np.empty(request.most_tokens + 1, np.int32)
         self.ids[:len(request.prompt)] = request.prompt
         self.length, self.computed = len(request.prompt), 0
+        self.on_its_way = self.drawn_at = 0
         self.finish_reason = self.stop_reason = None
         self.logprobs = [] if request.params.logprobs is not None else None
         p, r = request.params, request
@@ -51,6 +53,20 @@ class Sequence:
         other.computed = self.computed
         return other
 
+    @property
+    def drawn_length(self):
+        return self.length + self.on_its_way
+
+    @property
+    def ends_when_known(self):
+        """Whether the last token on its way is the last one that the request may have."""
+        return self.on_its_way > 0 and self.drawn_length >= self.request.most_tokens
+
+    def await_token(self, number):
+        """The next token has been drawn, as the step's number `number`."""
+        self.ids[self.drawn_length] = -1
+        self.on_its_way, self.drawn_at = self.on_its_way + 1, number
+
     def draw(self):
         """csrc/engine.h's Draw for the next token."""
         params = self.request.params
@@ -61,7 +77,7 @@ class Sequence:
     def push(self, token, ending):
         """ending: an `Ending`, which knows what ends a sequence."""
         self.ids[self.length] = token
-        self.length += 1
+        self.length, self.on_its_way = self.length + 1, max(0, self.on_its_way - 1)
         self.finish_reason, self.stop_reason = ending.look(token, self.ids[:self.length], len(self.request.prompt))
         if self.finish_reason is None and self.length >= self.request.most_tokens:
             self.finish_reason = "length"

@@ -60,14 +60,13 @@ class ModelTensor:
     """A parameter of a `fastgpt.GPT` in memory."""
 
     def __init__(self, tensor):
-        import torch
-        tensor = tensor.detach().cpu()
-        self.number = 1 if tensor.dtype == torch.bfloat16 else 0
-        self.array = (tensor.view(torch.int16) if self.number else tensor.float()).numpy()
-        self.shape = self.array.shape
+        self.tensor, self.shape = tensor.detach(), tuple(tensor.shape)
 
     def read(self, begin=0, end=None):
-        return self.array[begin:end], self.number
+        import torch
+        rows = self.tensor[begin:end].cpu()
+        number = 1 if rows.dtype == torch.bfloat16 else 0
+        return (rows.view(torch.int16) if number else rows.float()).numpy(), number
 
 
 def of_directory(path):

@@ -1,0 +1,87 @@
+"""What the engine asks of a device: how weights, pages and steps are made there. This is the CPU's; gpu_backend.py has a GPU's."""
+import contextlib
+
+import numpy as np
+
+from fastgpt import extension
+from fastgpt.config import check_int
+from fastgpt.engine.memory import address
+from fastgpt.engine.runner import CpuRunner
+from fastgpt.engine.weights import PackedWeights
+from fastgpt.extension import _C, CACHE_DTYPES, KEY_LANES
+
+LARGEST_PAGE = 1024  # tokens
+CONTEXTS = 16  # full ones that the KV cache holds by default
+
+
+def backend_of(device, threads, shared=False):
+    """device: as `fastgpt.LLM` has it. shared: of a model's weights on a GPU, as `GpuWeights` has it."""
+    if device == "cpu":
+        return CpuBackend(threads)
+    if not isinstance(device, str) or device.partition(":")[0] != "cuda":
+        raise ValueError(f'device must be "cpu", "cuda" or "cuda:<number>", got {device!r}')
+    if threads is not None:
+        raise ValueError("threads are those of the CPU's steps; a GPU has none to be set")
+    from fastgpt.engine.gpu_backend import GpuBackend
+    return GpuBackend(device, shared)
+
+
+class CpuBackend:
+    out_of_memory = (MemoryError, OSError)
+
+    def __init__(self, threads):
+        self.threads = None if threads is None else check_int("threads", threads, 1, 1024)
+
+    def page_size(self, wanted):
+        wanted = check_int("page_size", wanted, KEY_LANES, LARGEST_PAGE)
+        if wanted % KEY_LANES:
+            raise ValueError(f"page_size must be a multiple of {KEY_LANES}, got {wanted}")
+        return wanted
+
+    def weights(self, config, tensors, dtype):
+        with _threads(self.threads):
+            return PackedWeights(config, tensors, dtype or "float32")
+
+    def cache_dtype(self, weights, wanted):
+        chosen = wanted or ("float32" if weights.dtype == "float32" else "bfloat16")
+        if chosen not in CACHE_DTYPES:
+            raise ValueError(f"kv_cache_dtype must be one of {', '.join(CACHE_DTYPES)}, got {wanted!r}")
+        return chosen
+
+    def cache_tokens(self, weights, cache_dtype):
+        """How many tokens the KV cache holds where nobody says."""
+        return CONTEXTS * weights.config.block_size
+
+    def runner(self, weights, num_pages, page_size, cache_dtype):
+        return CpuRunner(weights, num_pages, page_size, cache_dtype, self.threads)
+
+    def advance(self, llm, scheduler, endings, under_way):
+        """A step of a scheduler: -> ([(sequence, its new token)], what is under way: never anything here)."""
+        step = scheduler.plan()
+        logits = llm.runner.step(step)
+        if not step.ready:
+            return [], None
+        ready, logits = scheduler.fork_ready(step.ready, logits, lambda counts: np.repeat(logits, counts, axis=0))
+        reported = [(s, row.copy()) for s, row in zip(ready, logits) if s.logprobs is not None]
+        return llm.push(scheduler, endings, ready, llm.choose(ready, logits), reported), None
+
+
+def choose(logits, known, ready):
+    """The next token of each sequence: logits (R, V), which are overwritten and of which the first `known` ids count, -> R
+    ids, -1 where there is no distribution."""
+    tokens = np.empty(len(ready), np.int32)
+    _C.sample(address(logits), logits.shape[1], known, [s.draw() for s in ready], address(tokens))
+    return tokens.tolist()
+
+
+@contextlib.contextmanager
+def _threads(count):
+    """Within this context the kernels have so many threads; None leaves them."""
+    before = extension.get_num_threads()
+    if count is not None:
+        extension.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if extension.get_num_threads() != before:
+            extension.set_num_threads(before)

@@ -1,0 +1,217 @@
+"""The model on a GPU: weights, the pages of the KV cache, and a step of tokens into logits.
+
+A step's sequences are put in order: those with few tokens first, whose attention splits the keys (csrc/cuda), then the
+prompts, whose attention is tiled (fastgpt/kernels). A step that only decodes runs as a CUDA graph for the next larger of
+a ladder of batch sizes; its spare rows decode token 0 into a page that no sequence has.
+"""
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from fastgpt import ops
+from fastgpt.cuda import paged as cuda_paged
+from fastgpt.cuda.launch import pointer, run
+from fastgpt.cuda.paged import MOST_DECODE_ROWS, Sequences
+from fastgpt.cuda.sampling import Row, draws_of, sample
+from fastgpt.paged import LARGEST, PagedCache, row_size
+
+CACHE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8,
+                "float8": torch.float8_e4m3fn}
+LADDER = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # batch sizes that have a graph
+
+
+@dataclass
+class Batch:
+    """A step on the device: tokens and positions (M,) int32, slots (M,) int64 in the cache. `few` of M rows are those of the
+    first sequences, with few tokens each, the others those of prompts; wanted: the rows whose logits count, None for all."""
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    few: int
+    decoding: Sequences | None
+    prompts: Sequences | None
+    wanted: torch.Tensor | None
+
+
+class GpuRunner:
+    """weights: a `GpuWeights`. device: what `gpu_device.CudaDevice` is: uploads, downloads, captures."""
+
+    def __init__(self, weights, num_pages, page_size, cache_dtype, device):
+        self.weights, self.device, self.page_size = weights, device, page_size
+        config = weights.config
+        self.H, self.D = config.n_head, config.n_embd // config.n_head
+        self._scratch_page = num_pages
+        dtype, layers = CACHE_DTYPES[cache_dtype], config.n_layer
+        pages = (layers, 2, num_pages + 1, self.H, page_size)
+        self._pages = torch.zeros(*pages, row_size(self.D, dtype), dtype=dtype, device=device.torch)
+        self._scales = torch.zeros(pages, device=device.torch) if dtype in LARGEST else None
+        self._caches = [self._cache(layer) for layer in range(layers)]
+        self._graphs = {}  # batch size -> (static inputs, logits, replay)
+        self._table_width = -(-config.block_size // page_size)
+
+    @staticmethod
+    def bytes_of_token(config, cache_dtype):
+        """Of the KV cache."""
+        dtype, D = CACHE_DTYPES[cache_dtype], config.n_embd // config.n_head
+        row = row_size(D, dtype) * dtype.itemsize + 4 * (dtype in LARGEST)
+        return 2 * config.n_layer * config.n_head * row
+
+    def _cache(self, layer):
+        k, v = self._pages[layer, :, ..., :self.D]
+        scales = () if self._scales is None else self._scales[layer]
+        return PagedCache(k.unsqueeze(-1), v, *scales)
+
+    def copy_pages(self, copies):
+        """copies: (page, copy) pairs."""
+        if not copies:
+            return
+        pairs = self.device.upload(np.array(copies, np.int32))
+        for tensor in (self._pages, self._scales):
+            if tensor is not None:
+                count, stride = 2 * len(self._caches), tensor.stride(1) * tensor.element_size()
+                page_bytes = tensor.stride(2) * tensor.element_size()
+                run("copy_pages", tensor.device, pointer(tensor), count, stride, page_bytes, pointer(pairs), len(copies))
+
+    # ---- a step
+
+    def step(self, step, logits=None, drawn=None):
+        """Runs a scheduler's `Step`: -> the logits (L, V) of its wanted rows, float32 on the device, which the next step may
+        overwrite; copied into `logits`, an array, where that is given. drawn: the tokens that the step before drew."""
+        with torch.inference_mode():
+            if len(step.tokens) == len(step.places) == len(step.wanted) and len(step.places) <= LADDER[-1]:
+                found = self._decode(step, drawn)
+            else:
+                found = self._forward(self._batch(step, drawn))
+            if logits is not None:
+                logits[:] = found.cpu().numpy()
+            return found
+
+    def _decode(self, step, drawn):
+        """A token for each sequence, by the graph of the next larger batch size."""
+        count = len(step.places)
+        size = next(size for size in LADDER if size >= count)
+        integers, slots = self._integers(step, list(range(count)), size, self._table_width)
+        if size not in self._graphs:
+            static = self.device.upload(integers), self.device.upload(slots)
+            batch = self._views(*static, size, size, self._table_width, self.weights.config.block_size)
+            self._graphs[size] = static, *self.device.capture(lambda: self._forward(batch))
+        static, logits, replay = self._graphs[size]
+        static[0].copy_(self.device.upload(integers), non_blocking=True)
+        static[1].copy_(self.device.upload(slots), non_blocking=True)
+        self._fill_in(static[0], step.late, list(range(count)), drawn)
+        replay()
+        return logits[:count]
+
+    def _batch(self, step, drawn):
+        counts = step.places[:, 1]
+        order = sorted(range(len(counts)), key=lambda i: counts[i] > MOST_DECODE_ROWS)  # stable
+        M, width = len(step.tokens), max(self._pages_of(step))
+        integers, slots = self._integers(step, order, M, width)
+        integers, slots = self.device.upload(integers), self.device.upload(slots)
+        rows = np.concatenate([np.arange(first, first + count) for first, count, _ in step.places[order]])
+        new_row = np.empty(M, np.int64)
+        new_row[rows] = np.arange(M)
+        self._fill_in(integers, step.late, new_row, drawn)
+        batch = self._views(integers, slots, M, len(order), width, 0)
+        self._divide(batch, step.places[order])
+        batch.wanted = self.device.upload(new_row[step.wanted])
+        return batch
+
+    def _pages_of(self, step):
+        return [-(-(position + count) // self.page_size) for _, count, position in step.places.tolist()]
+
+    def _integers(self, step, order, M, width):
+        """(tokens, positions, starts of the sequences' rows, their lengths, tables: one int32 array; slots: int64), for M rows;
+        rows and sequences that the step does not have are padding."""
+        S = len(order) if M == len(step.tokens) else M
+        integers = np.zeros(2 * M + 2 * S + 1 + S * width, np.int32)
+        tokens, positions, starts, lengths, tables = np.split(integers, np.cumsum([M, M, S + 1, S]))
+        tables = tables.reshape(S, width)
+        slots = np.full(M, self._scratch_page * self.page_size, np.int64)
+        tables[len(order):, 0], lengths[len(order):] = self._scratch_page, 1
+        row = 0
+        for s, i in enumerate(order):
+            first, count, position = step.places[i]
+            at, pages = np.arange(position, position + count), step.tables[i]
+            used = -(-(position + count) // self.page_size)
+            tables[s, :used] = pages[:used]
+            tokens[row:row + count] = np.maximum(step.tokens[first:first + count], 0)  # -1: still on its way
+            positions[row:row + count] = at
+            slots[row:row + count] = pages[at // self.page_size].astype(np.int64) * self.page_size + at % self.page_size
+            lengths[s], row = position + count, row + count
+            starts[s + 1] = row
+        starts[len(order) + 1:] = np.arange(row + 1, row + 1 + S - len(order))
+        return integers, slots
+
+    def _views(self, integers, slots, M, S, width, context):
+        """The parts of such arrays on the device, as a `Batch` of sequences with few tokens."""
+        tokens, positions, starts, lengths, tables = integers.split([M, M, S + 1, S, S * width])
+        decoding = Sequences(tables.view(S, width), starts, lengths, 1, context)
+        return Batch(tokens, positions, slots, M, decoding, None, None)
+
+    @staticmethod
+    def _divide(batch, places):
+        """Parts the sequences of a batch into those with few tokens and prompts."""
+        counts, lengths, all_of = places[:, 1], places[:, 1] + places[:, 2], batch.decoding
+        short = int((counts <= MOST_DECODE_ROWS).sum())
+        batch.few = int(counts[:short].sum())
+
+        def part(begin, end):
+            if begin == end:
+                return None
+            return Sequences(all_of.tables[begin:end], all_of.query_starts[begin:end + 1] - (batch.few if begin else 0),
+                             all_of.context_lens[begin:end], int(counts[begin:end].max()), int(lengths[begin:end].max()))
+        batch.decoding, batch.prompts = part(0, short), part(short, len(counts))
+
+    def _fill_in(self, integers, late, new_row, drawn):
+        """The tokens that were drawn on the device and have not been seen yet; for -1, drawn from no distribution, some other
+        token, since the next thing to be seen is the error."""
+        if late:
+            rows = self.device.upload(np.array([[new_row[row], number] for row, number in late.items()], np.int64))
+            integers[rows[:, 0]] = drawn[rows[:, 1]].clamp(min=0)
+
+    # ---- the model
+
+    def _forward(self, batch):
+        w, config = self.weights, self.weights.config
+        eps, M = config.layer_norm_epsilon, len(batch.tokens)
+        x = F.embedding(batch.tokens, w.embedding) + F.embedding(batch.positions, w.positions)  # (M, C)
+        h = ops.layer_norm(x, *w.layers[0]["ln_1"], eps)
+        for i, layer in enumerate(w.layers):
+            q, k, v = layer["qkv"](h).view(M, 3, self.H, self.D).unbind(1)
+            h, x = ops.add_layer_norm(layer["proj"](self._attend(i, q, k, v, batch)), x, *layer["ln_2"], eps)
+            h = layer["out"](layer["fc"](h, config.activation))
+            h, x = ops.add_layer_norm(h, x, *(w.layers[i + 1]["ln_1"] if i + 1 < len(w.layers) else w.ln_f), eps)
+        return w.head(h if batch.wanted is None else h[batch.wanted]).float()
+
+    def _attend(self, layer, q, k, v, batch):
+        """(M, C) of q, k and v (M, H, D), whose keys and values go to the cache first."""
+        cache, scale, few = self._caches[layer], self.weights.config.attention_scale(layer), batch.few
+        cuda_paged.write(cache, k, v, batch.slots)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if batch.decoding is not None:
+            cuda_paged.attend(q[:few], cache, batch.decoding, scale=scale, out=out[:few])
+        if batch.prompts is not None:
+            from fastgpt.kernels.paged_attention import prefill
+            s = batch.prompts
+            prefill(q[few:], cache.k.squeeze(-1), cache.v, cache.k_scale, cache.v_scale, s.tables, s.query_starts,
+                    s.context_lens, s.max_query, scale=scale, out=out[few:])
+        return out.view(len(q), -1)
+
+    # ---- what is drawn
+
+    def draw(self, logits, ready, known):
+        """The next token of each sequence from logits (R, V), of which the first `known` ids count: -> (R,) int32 on the
+        device."""
+        with torch.inference_mode():
+            drawn = [Row(s.request.params, s.request.seed, s.sample, s.drawn_length, s.ids[:s.length], len(s.request.prompt))
+                     for s in ready]
+            return sample(logits[:, :known], draws_of(drawn, logits.device))
+
+    @staticmethod
+    def repeat(logits, counts):
+        """Each row of logits as often as counts says."""
+        return torch.cat([row.expand(count, -1) for row, count in zip(logits.split(1), counts)])

@@ -1,0 +1,48 @@
+"""The CPU in the place of a GPU for `fastgpt.LLM(device="cuda")`: its tensors, and every kernel by its simulated twin."""
+import contextlib
+
+import torch
+from cuda_executors import Shim, running_cuda
+from executors import Interpreter, running
+
+from fastgpt.engine import gpu_device
+
+
+class PlainDevice:
+    """What `CudaDevice` is, without streams and graphs: a replay runs the captured call again, into the same result."""
+
+    captures = replays = 0
+
+    def __init__(self, name):
+        self.torch = torch.device("cpu")
+
+    def upload(self, array):
+        return torch.from_numpy(array.copy())
+
+    def download(self, tensor):
+        host = tensor.clone()  # what is there now: a replay may overwrite it
+        return host.tolist
+
+    def capture(self, forward):
+        result = forward()
+        PlainDevice.captures += 1
+
+        def replay():
+            PlainDevice.replays += 1
+            result.copy_(forward())
+        return result, replay
+
+    def free_memory(self):
+        return 2 ** 24
+
+
+@contextlib.contextmanager
+def plain_gpu(cuda=None, triton=None):
+    """Within this context device="cuda" means the CPU's tensors; `cuda` and `triton` run the kernels."""
+    before, gpu_device.CudaDevice = gpu_device.CudaDevice, PlainDevice
+    PlainDevice.captures = PlainDevice.replays = 0
+    try:
+        with running_cuda(cuda or Shim()), running(triton or Interpreter()):
+            yield PlainDevice
+    finally:
+        gpu_device.CudaDevice = before
