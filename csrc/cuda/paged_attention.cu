@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(128) combine_chunks_kernel(AttentionArguments 
   const int D = (int)a.cache.D, first = first_key(position, a.window) / (int)kChunk, last = position / (int)kChunk;
   const float* parts = a.partial + ((token * a.H + h) * a.chunks + first) * (D + 2);
   for (int d = threadIdx.x; d < D; d += 128) {
-    const float3 all = add_partials(parts, D + 2, last - first + 1, D, d);
+    const float3 all = add_partials(parts + d, D + 2, parts + D, D + 2, last - first + 1);
     store_number(a.out, a.dtype, token * a.out_stride + h * D + d, all.x / all.z);
   }
 }

@@ -19,7 +19,6 @@ namespace cuda {
 constexpr int kWarps = 4;
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr unsigned kAll = 0xFFFFFFFFu;
-constexpr int kLeastShared = 64 * 1024;  // bytes of shared memory that every GPU gives a block: sm_75's
 
 struct AttentionArguments {
   PagedCache cache;
@@ -47,9 +46,9 @@ struct Shape {
   static constexpr int kBlockKeys = kStageKeys * kWarps;                                // of a block's stage
   static constexpr bool kScaled = kLargest<T> > 0.0f;
   static constexpr int kStageBytes = 2 * kTurns * 32 * (16 * kLoads + (kScaled ? 4 : 0));  // of a warp: k, v, scales
-  static constexpr int kSumBytes = 4 * kWarps * R * (kD + 2);
-  static constexpr int kStages = 3 * kWarps * kStageBytes + kSumBytes <= kLeastShared ? 3 : 2;  // under way or in use
-  static constexpr int kSharedBytes = kStages * kWarps * kStageBytes + kSumBytes;
+  static constexpr int kStages = 3;                                                     // under way or in use
+  static constexpr int kSharedBytes = kStages * kWarps * kStageBytes;
+  static_assert(R * kD * 4 <= kStageBytes, "a warp's sums fit into a stage that has been used");
   static_assert(kChunk % kBlockKeys == 0, "a chunk is whole stages");
 };
 
@@ -244,42 +243,45 @@ struct RowState {
   }
 };
 
-// One number of a row from `count` partial results that lie `stride` floats apart: (numerators, maximum at D, sum at D +
-// 1). The result is again such a one: {numerator, maximum, sum}.
-__device__ __forceinline__ float3 add_partials(const float* parts, int64_t stride, int count, int D, int d) {
+// One number of a row from `count` partial results: its numerators at parts[c * stride], (maximum, sum of the weights) at
+// tops[c * tops_stride]. The result is again such a one: {numerator, maximum, sum}.
+__device__ __forceinline__ float3 add_partials(const float* parts, int64_t stride, const float* tops, int64_t tops_stride,
+                                               int count) {
   float top = -INFINITY, sum = 0.0f, weight = 0.0f;
-  for (int c = 0; c < count; c++) top = fmaxf(top, parts[c * stride + D]);
+  for (int c = 0; c < count; c++) top = fmaxf(top, tops[c * tops_stride]);
   const float base = top == -INFINITY ? 0.0f : top;
   for (int c = 0; c < count; c++) {
-    const float factor = dev::ex2(parts[c * stride + D] - base);
-    weight = fmaf(parts[c * stride + D + 1], factor, weight);
-    sum = fmaf(parts[c * stride + d], factor, sum);
+    const float factor = dev::ex2(tops[c * tops_stride] - base);
+    weight = fmaf(tops[c * tops_stride + 1], factor, weight);
+    sum = fmaf(parts[c * stride], factor, sum);
   }
   return {sum, top, weight};
 }
 
-// The warps' results of a chunk into one, which goes to `partial` or, where it is the only chunk, to out.
+// The warps' results of a chunk into one, which goes to `partial` or, where it is the only chunk, to out. sums: the
+// first warp's part of the shared memory that the last stage has left free, a warp's (R, kD) numerators.
 template <class T, int kD, int R>
 __device__ __forceinline__ void end_chunk(const AttentionArguments& a, const Place& p, RowState<T, kD, R>& state, int chunk,
                                           bool bad, float* sums) {
   typedef Shape<T, kD, R> S;
+  constexpr int kWarpFloats = S::kStages * S::kStageBytes / 4;
+  __shared__ float tops[kWarps][R][2];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, D = (int)a.cache.D;
   state.add_lanes();
   bad = __ballot_sync(kAll, bad) != 0;
-  __syncthreads();  // the chunk before has been read
+  __syncwarp();  // every lane has read its keys
   if (lane < S::kLanes)
 #pragma unroll
     for (int r = 0; r < R; r++) {
-      float* to = sums + (warp * R + r) * (kD + 2);
 #pragma unroll
-      for (int i = 0; i < S::kNumbers; i++) to[state.column(lane, i)] = state.sum[r][i];
-      if (lane == 0) to[kD] = state.top[r], to[kD + 1] = bad ? NAN : state.weight[r];
+      for (int i = 0; i < S::kNumbers; i++) sums[warp * kWarpFloats + r * kD + state.column(lane, i)] = state.sum[r][i];
+      if (lane == 0) tops[warp][r][0] = state.top[r], tops[warp][r][1] = bad ? NAN : state.weight[r];
     }
   __syncthreads();
   for (int i = threadIdx.x; i < R * kD; i += 32 * kWarps) {
     const int r = i / kD, d = i % kD;
     if (r >= p.rows || d >= D) continue;
-    const float3 all = add_partials(sums + r * (kD + 2), R * (kD + 2), kWarps, kD, d);
+    const float3 all = add_partials(sums + i, kWarpFloats, tops[0][r], 2 * R, kWarps);
     if (!a.partial) {
       store_number(a.out, a.dtype, p.token(r) * a.out_stride + p.head(r) * D + d, all.x / all.z);
       continue;
@@ -288,6 +290,7 @@ __device__ __forceinline__ void end_chunk(const AttentionArguments& a, const Pla
     to[d] = all.x;
     if (d == 0) to[D] = all.y, to[D + 1] = all.z;
   }
+  __syncthreads();  // the sums have been read
 }
 
 template <class T, int kD, int R>
@@ -297,7 +300,6 @@ __global__ void __launch_bounds__(32 * kWarps) paged_attention_kernel(AttentionA
   const Place place = find_place<R>(a);
   if (place.rows <= 0 || place.begin >= place.end) return;
   KeyQueue<T, kD, R> keys(a, place, shared);
-  float* sums = (float*)(shared + kWarps * S::kStages * S::kStageBytes);
   RowState<T, kD, R> state;
   const int begin = place.begin / S::kBlockKeys, end = (place.end + S::kBlockKeys - 1) / S::kBlockKeys;
 #pragma unroll
@@ -313,7 +315,8 @@ __global__ void __launch_bounds__(32 * kWarps) paged_attention_kernel(AttentionA
     dev::cp_wait<S::kStages - 1>();
     state.take(keys, stage);
     if ((stage + 1) % (kChunk / S::kBlockKeys) != 0 && stage + 1 < end) continue;
-    end_chunk<T, kD, R>(a, place, state, stage / (kChunk / S::kBlockKeys), keys.bad, sums);
+    end_chunk<T, kD, R>(a, place, state, stage / (kChunk / S::kBlockKeys), keys.bad,
+                        (float*)(shared + stage % S::kStages * S::kStageBytes));
     state.clear();
   }
   dev::cp_wait<0>();

@@ -3,6 +3,7 @@ there."""
 import contextlib
 
 import cuda_shim
+import torch
 
 from fastgpt import cuda, ops
 from fastgpt.cuda import launch
@@ -30,6 +31,22 @@ class Shim:
 
     def processors(self, device):
         return self.count
+
+
+class Gpu(launch.OnDevice):
+    """The GPU itself. count: the processors that launchers are told of, None for its own."""
+
+    count = None
+
+    def processors(self, device):
+        return self.count or launch.OnDevice.processors(device)
+
+
+@contextlib.contextmanager
+def on_gpu():
+    """Within this context the CUDA kernels answer every op on a GPU, where new tensors are."""
+    with torch.device("cuda"), running_cuda(Gpu(), "cuda") as executor:
+        yield executor
 
 
 @contextlib.contextmanager

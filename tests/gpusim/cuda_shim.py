@@ -22,14 +22,14 @@ from cuda_module import load
 ROOT = Path(__file__).resolve().parents[2]
 CSRC, SIMULATOR = ROOT / "csrc", Path(__file__).with_name("cusim")
 FOLDER = Path(tempfile.gettempdir(), f"fastgpt-cusim-{os.getuid()}")
-KEPT_DAYS = 2
+KEPT_DAYS = 1
 COMMON = ["-std=c++17", "-fPIC", "-fno-gnu-unique", "-w", f"-I{CSRC}", f"-I{SIMULATOR}"]
-KERNEL = ["-O1", "-fno-strict-aliasing", "-ffp-contract=off", "-fsanitize=alignment,null", "-x", "c++"]
+KERNEL = ["-O1", "-g1", "-fno-strict-aliasing", "-ffp-contract=off", "-fsanitize=alignment,null", "-x", "c++"]
 BINDING = ["-O0", "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
 # What the kernels are compiled with, and the simulator.
-KINDS = {"plain": (["-g"], []),
-         "address": (["-g1", "-fsanitize=address"], ["-DCUSIM_ADDRESS"]),
-         "thread": (["-g1", "-fsanitize=thread"], ["-DCUSIM_THREAD"])}
+KINDS = {"plain": ([], []),
+         "address": (["-fsanitize=address"], ["-DCUSIM_ADDRESS"]),
+         "thread": (["-fsanitize=thread"], ["-DCUSIM_THREAD"])}
 
 
 @functools.cache
@@ -81,7 +81,7 @@ def build(kind="plain", sources=None):
             _make(*module)
         if objects != [_planned(*job) for job in jobs]:  # edited meanwhile: what is kept may not be what is named
             for path in (*(path for path, _ in objects), module[0]):
-                path.unlink()
+                path.unlink(missing_ok=True)
             return build(kind, sources)
     os.utime(module[0])
     return module[0]

@@ -11,7 +11,7 @@ from fastgpt import kernels, ops
 from fastgpt.kernels import launch
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32",
-            torch.int64: "*i64", torch.uint8: "*u8"}
+            torch.int64: "*i64", torch.uint8: "*u8", torch.int8: "*i8"}
 WARP = 32
 
 

@@ -1,7 +1,7 @@
 """Planted bugs that the checks without a GPU must see: python tests/gpusim/mutations.py [name ...]
 
-Each is a change of one place in a copy of the package or of the executors, and the tests of test_kernels.py that must fail
-then. Ends with 1 when one survives.
+Each is a change of one place in a copy of the package, of csrc or of the executors, and the tests that must fail then. Ends
+with 1 when one survives.
 """
 import os
 import shutil
@@ -22,6 +22,7 @@ class Mutation:
     old: str
     new: str
     tests: str  # pytest's -k
+    files: tuple = ("tests/gpusim/test_kernels.py", "tests/test_attention.py")
 
 
 def kernel(name, module, old, new, tests):
@@ -31,6 +32,10 @@ def kernel(name, module, old, new, tests):
 def machine_code(name, pattern, replacement, tests, count=1):
     edit = f"__import__('re').sub({pattern!r}, {replacement!r}, {PTX}, count={count})"
     return Mutation(name, "tests/gpusim/executors.py", PTX, edit, tests)
+
+
+def cuda(name, source, old, new, tests, file="paged"):
+    return Mutation(name, f"csrc/cuda/{source}", old, new, tests, (f"tests/gpusim/test_cuda_{file}.py",))
 
 
 INTERPRETED, COMPILED = "interpreted and ", "test_compiled and "
@@ -47,8 +52,8 @@ MUTATIONS = [
     kernel("the loop without masks is too long", "tiles", "first_row + shift + 1)", "first_row + shift + 1 + BLOCK_N)",
            INTERPRETED + "GQA and bfloat16"),
     kernel("garbage behind the key mask", "tiles", "*(x.where(key_mask[:, None, :, None], 0) for x in keys)", "*keys", "garbage"),
-    kernel("rows beyond the last are stored", "tiles", "mask=(first + i < length)[:, None] & (d < D)[None, :])\n\n\n@triton.jit\ndef visible",
-           "mask=(i >= 0)[:, None] & (d < D)[None, :])\n\n\n@triton.jit\ndef visible", INTERPRETED + "GQA and float32"),
+    kernel("rows beyond the last are stored", "tiles", "mask=(first + i < length)[:, None] & (d < D)[None, :])\n\n\n@triton.jit\ndef load_bias",
+           "mask=(i >= 0)[:, None] & (d < D)[None, :])\n\n\n@triton.jit\ndef load_bias", INTERPRETED + "GQA and float32"),
     kernel("a stale log-sum-exp", "attention", "(top * scale + tl.log2(weight_sum))", "(top * scale)",
            INTERPRETED + "GQA and float32"),
     kernel("dropout forgotten in dq", "attention_backward", "dweights = tl.where(keep, dweights * keep_scale, 0.0)\n        dscores",
@@ -101,13 +106,68 @@ MUTATIONS = [
                  COMPILED + "add_layer_norm-bfloat16-80", 0),
     machine_code("a product not waited for, sm_90", r"wgmma\.wait_group\.sync\.aligned\s+0;", "",
                  COMPILED + "attention-bfloat16-90", 0),
+    cuda("a key's place in its page", "store_kv.cu", "+ slot % cache.page_size;", "+ (slot + 1) % cache.page_size;", "stores"),
+    cuda("a scale of a part of the row", "store_kv.cu", "d < D; d += 32", "d < D; d += 33", "stores"),
+    cuda("keys in the place of values", "store_kv.cu", "(const S*)a.v + n", "(const S*)a.k + n", "stores"),
+    cuda("rounding towards zero in float8", "numbers.cuh", "magnitude + 0x7FFFF + (magnitude >> 20 & 1)", "magnitude", "stores"),
+    cuda("half a page is copied", "store_kv.cu", "i < page_bytes / (int64_t)sizeof(W)", "i < page_bytes / (int64_t)sizeof(W) / 2",
+         "copies"),
+    cuda("the sums are not rescaled", "paged_attention.cuh", "sum[r][i] *= rescale;", ";", "equals and 64 and bfloat16"),
+    cuda("the weights are not rescaled", "paged_attention.cuh", "fmaf(weight[r], rescale, added)", "weight[r] + added",
+         "equals and 64 and bfloat16"),
+    cuda("causal by one too few keys", "paged_attention.cuh", "key <= last[r]", "key < last[r]", "equals and 64 and bfloat16"),
+    cuda("a window in CUDA by one too wide", "paged_attention.cuh", "position - (int)window + 1", "position - (int)window", "window"),
+    cuda("copies in CUDA waited for too late", "paged_attention.cuh", "dev::cp_wait<S::kStages - 1>();", "dev::cp_wait<S::kStages>();",
+         "equals and fifo and bfloat16"),
+    cuda("a copy over keys that are still needed", "paged_attention.cuh",
+         "buffer + stage % S::kStages * S::kStageBytes + (value", "buffer + stage % (S::kStages - 1) * S::kStageBytes + (value",
+         "equals and bfloat16"),
+    cuda("no barrier before the warps' sums are read", "paged_attention.cuh",
+         "bad ? NAN : state.weight[r];\n    }\n  __syncthreads();", "bad ? NAN : state.weight[r];\n    }", "equals and 64 and bfloat16"),
+    cuda("no barrier before they are written over", "paged_attention.cuh", "__syncthreads();  // the sums", "// the sums",
+         "thread", "sanitizers"),
+    cuda("the keys of other lanes", "paged_attention.cuh", "o < 32; o *= 2)", "o < 16; o *= 2)", "equals and 64 and bfloat16"),
+    cuda("another group's head", "paged_attention.cuh", "return g * group + (row + r) % group;", "return (row + r) % group;",
+         "groups"),
+    cuda("the last chunk is left out", "paged_attention.cu", "last - first + 1)", "max(1, last - first))",
+         "equals and 64 and bfloat16"),
+    cuda("the scales of the values", "paged_attention.cuh", "S::kScaled ? x[r][turn] * scale :", "S::kScaled ? x[r][turn] :",
+         "equals and int8"),
+    cuda("a page below 0", "paged_attention.cuh", "page >= 0 && page < a.cache.pages", "page < a.cache.pages", "not_there"),
+    cuda("a row is stored too far", "store_kv.cu", "c < chunks; c += 32", "c <= chunks; c += 32", "address", "sanitizers"),
+    cuda("chunks that depend on the walk", "paged_attention.cuh", "if ((stage + 1) % (kChunk / S::kBlockKeys) != 0 && ", "if (",
+         "any_company"),
+    cuda("tokens beyond the last", "weight_only.cu", "min(token0 + 8 * n + lane / 4, a.M - 1)", "(token0 + 8 * n + lane / 4)",
+         "machine_code", "weight_only"),
+    cuda("a tile beyond the last", "weight_only.cu", "if (t + warps < a.tiles) next", "if (t < a.tiles) next", "machine_code",
+         "weight_only"),
+    cuda("inputs beyond the last", "weight_only.cu", "j * kGroup < left ?", "true ?", "equals_the_reference", "weight_only"),
+    cuda("another group's scale", "weight_only.cu", "tile.scale(c / 2, j)", "tile.scale(0, j)", "equals_the_reference and int4",
+         "weight_only"),
+    cuda("a sum that depends on the tokens beside it", "weight_only.cu", "32 * (unsigned)weight_only_warps(kBits, a.weight.K)",
+         "32 * (unsigned)(a.M > 8 ? 1 : weight_only_warps(kBits, a.weight.K))", "same_bits", "weight_only"),
+    cuda("no barrier before the products' sums are read", "weight_only.cu",
+         "[lane / 4 + c / 2 * 8] = sums[n][c];\n  __syncthreads();", "[lane / 4 + c / 2 * 8] = sums[n][c];", "equals_the_reference",
+         "weight_only"),
+    cuda("a warp's part of the distribution", "sampling.cu", " + (before + part < before)", "", "equals_the_engine and 1000",
+         "sampling"),
+    cuda("an equal one too many", "sampling.cu", "key == cut_key && id > last", "key == cut_key && id >= last",
+         "equals_the_engine and 33", "sampling"),
+    cuda("counts that stay", "sampling.cu", "atomicExch(counts + id, 0) : 0", "counts[id] : 0", "equals_the_engine", "sampling"),
+    cuda("0 and -0", "sampling.cu", "order_key(a + 0.0f)", "order_key(a)", "both_signs", "sampling"),
+    cuda("another generator", "sampling.cu", "state ^= state >> 31;", "", "equals_the_engine", "sampling"),
+    cuda("no barrier behind a bin", "sampling.cu", "at = shared.bin(bin);\n    __syncthreads();", "at = shared.bin(bin);",
+         "machine_code", "sampling"),
+    cuda("no barrier behind the biases", "sampling.cu", "if (id < (unsigned)V) x[id] += draws.bias[i];\n  }\n  __syncthreads();",
+         "if (id < (unsigned)V) x[id] += draws.bias[i];\n  }", "every_id_may_have_a_bias", "sampling"),
+    cuda("the goal itself", "sampling.cu", "before + running > goal", "before + running >= goal", "equals_the_engine", "sampling"),
 ]
 
 
 def survives(mutation):
     """Whether the tests pass all the same."""
     with tempfile.TemporaryDirectory() as folder:
-        for part in ("fastgpt", "tests"):
+        for part in ("fastgpt", "tests", "csrc"):
             shutil.copytree(ROOT / part, Path(folder, part), ignore=shutil.ignore_patterns("__pycache__", "assets"))
         shutil.copy(ROOT / "pyproject.toml", folder)
         path = Path(folder, mutation.file)
@@ -115,8 +175,7 @@ def survives(mutation):
         if mutation.old not in text:
             raise ValueError(f"{mutation.name}: {mutation.file} has no {mutation.old!r}")
         path.write_text(text.replace(mutation.old, mutation.new, 1))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "tests/gpusim/test_kernels.py", "tests/test_attention.py", "-k",
-                   mutation.tests]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", *mutation.files, "-k", mutation.tests]
         result = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": folder}, capture_output=True, text=True,
                                 check=False)
     if result.returncode not in (0, 1):

@@ -209,7 +209,7 @@ __global__ void numbers(const float* in, float* out, int n) {
   out[2] = (float)dev::byte_perm(0x00332211u, 0x77665544u, 0x4012u);
   out[3] = (float)__umulhi(0x80000000u, 6u);
   out[4] = (float)(__clz(1) * 100 + __popc(0xF0F0u));
-  out[5] = (float)(min(n, 5u) + max(2.5, 1));
+  out[5] = (float)(min(n, 5u) + max(2.5, 1.0));
 }
 
 const std::map<std::string, Planted> kPlanted = {

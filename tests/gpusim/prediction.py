@@ -58,9 +58,10 @@ def record(spec, arch, dtype=torch.bfloat16):
     inputs, others = spec.inputs(dtype, "meta", True)
     leaves = {name: t.requires_grad_() for name, t in inputs.items()}
     with running(Recorder(arch), "meta") as recorder:
-        outputs = getattr(ops, spec.op)(**leaves, **others, **spec.options)
+        outputs = (spec.launcher or getattr(ops, spec.op))(**leaves, **others, **spec.options)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        torch.autograd.grad(outputs, list(leaves.values()), [torch.empty_like(o) for o in outputs])
+        if leaves:
+            torch.autograd.grad(outputs, list(leaves.values()), [torch.empty_like(o) for o in outputs])
     return [Launch(kernel, programs, dict(zip(kernel.arg_names, arguments)), constants, options)
             for kernel, programs, arguments, constants, options in recorder.launches]
 
@@ -68,7 +69,8 @@ def record(spec, arch, dtype=torch.bfloat16):
 def specs():
     """Those whose launches can be recorded: packed sequences are read on the way, and run attention's kernels."""
     kernels.load()
-    return [spec for module in kernels.MODULES for spec in getattr(module, "SPECS", ()) if spec.op != "packed_attention"]
+    found = [spec for module in kernels.MODULES for name in ("SPECS", "INFERENCE_SPECS") for spec in getattr(module, name, ())]
+    return [spec for spec in found if spec.op != "packed_attention"]
 
 
 def rows(archs=ARCHS, chosen=None):

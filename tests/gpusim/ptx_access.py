@@ -1,32 +1,32 @@
 """PTX instructions that access memory: loads, stores, atomics, asynchronous copies."""
-import re
-
 import numpy as np
 from number_formats import bfloat16_to_float32, float32_to_bfloat16
 from ptx_memory import SHARED_WINDOW
 from ptx_parser import PtxError, Type, vector
 from ptx_scalar import pack, unpack
 
-OTHER_SPACES = ("local", "const", "tex")
+OTHER_SPACES = ("local", "tex")
 UPDATES = {"add": np.add, "min": np.minimum, "max": np.maximum, "exch": lambda old, new: new, "and": np.bitwise_and,
-           "or": np.bitwise_or, "xor": np.bitwise_xor}
+           "or": np.bitwise_or, "xor": np.bitwise_xor,
+           "inc": lambda old, limit: np.where(old >= limit, 0, old + 1).astype(old.dtype),
+           "dec": lambda old, limit: np.where((old == 0) | (old > limit), limit, old - 1).astype(old.dtype)}
 
 
 def _load(machine, instruction):
     kind = instruction.type
     writers = machine.registers.writers(vector(instruction.operands[0]), kind)
-    if instruction.has("param"):
-        return _load_parameter(machine, instruction, writers)
     _refuse_spaces(instruction)
     size = kind.bits // 8 * len(writers)
     address = machine.registers.address(instruction.operands[1])
-    is_shared = _is_shared(instruction)
+    is_shared, is_parameter = _is_shared(instruction), instruction.has("param")
 
     def execute(active):
         if not active.any():
             return
         addresses = address()[active]
-        if is_shared or addresses[0] >= SHARED_WINDOW:
+        if is_parameter:
+            data = machine.parameters.read(addresses, size)
+        elif is_shared or addresses[0] >= SHARED_WINDOW:
             data = machine.shared.read(machine.shared.index(addresses, size, "load"), machine.warps[active])
         else:
             data = machine.global_memory.read(addresses, size)
@@ -34,18 +34,6 @@ def _load(machine, instruction):
         values[active] = data.view(kind.dtype)
         for column, write in enumerate(writers):
             write(values[:, column], active)
-    return execute
-
-
-def _load_parameter(machine, instruction, writers):
-    name, offset = re.fullmatch(r"\[\s*([\w$]+)\s*(?:\+\s*(\d+))?\s*\]", instruction.operands[1]).groups()
-    dtype = np.dtype(instruction.type.dtype)
-    values = np.frombuffer(machine.parameters[name], dtype, len(writers), int(offset or 0))
-    columns = [np.full(machine.threads, value) for value in values]
-
-    def execute(active):
-        for write, column in zip(writers, columns):
-            write(column, active)
     return execute
 
 

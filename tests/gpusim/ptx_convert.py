@@ -1,5 +1,6 @@
 """PTX conversions: cvt between number formats, cvta between address windows."""
 import numpy as np
+import torch
 from number_formats import float32_to_bfloat16, round_to_tf32
 from ptx_memory import SHARED_WINDOW
 from ptx_operands import ADDRESS
@@ -8,10 +9,13 @@ from ptx_scalar import elementwise
 
 FLOAT32 = Type("f", 32)
 TO_INTEGRAL = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
+BYTE_FLOATS = {"e4m3x2": torch.float8_e4m3fn, "e5m2x2": torch.float8_e5m2}
 NOT_MODELLED = ("rz", "rm", "rp", "rs", "pack", "satfinite")
 
 
 def _convert(registers, instruction):
+    if instruction.has(*BYTE_FLOATS):
+        return _byte_pair(registers, instruction)
     if instruction.has(*NOT_MODELLED) or len(instruction.types) != 2:
         raise PtxError(f"conversion not modelled: {instruction.text}")
     result, source = instruction.types
@@ -35,6 +39,27 @@ def _pair(registers, instruction):
     def convert(high, low):
         return encode(high).astype(np.uint32) << np.uint32(16) | encode(low)
     return elementwise(registers, instruction, convert, Type("b", 32), [FLOAT32, FLOAT32])
+
+
+def _byte_pair(registers, instruction):
+    """Two numbers of 8 bits, from two of float32 or of float16, of which the first is the upper one; or to float16."""
+    name = next(modifier for modifier in instruction.modifiers if modifier in BYTE_FLOATS)
+    element = BYTE_FLOATS[name]
+    packed, two = Type("b", 16), Type("b", 32)
+    if instruction.modifiers[-1] == name:
+        def widen(values):
+            numbers = torch.from_numpy(np.ascontiguousarray(values).view(np.uint8)).view(element)
+            return numbers.half().numpy().view(np.uint32)
+        return elementwise(registers, instruction, widen, two, [packed])
+    if instruction.modifiers[:3] != ("rn", "satfinite", name) or instruction.has("relu"):
+        raise PtxError(f"conversion not modelled: {instruction.text}")
+
+    def narrow(*values):
+        numbers = np.stack(values[::-1], 1) if len(values) == 2 else values[0].view(np.float16).astype(np.float32)
+        numbers = torch.from_numpy(np.ascontiguousarray(numbers)).clamp(-torch.finfo(element).max, torch.finfo(element).max)
+        return numbers.to(element).view(torch.uint8).numpy().view(np.uint16).ravel()
+    sources = [FLOAT32, FLOAT32] if instruction.modifiers[-1] == "f32" else [two]
+    return elementwise(registers, instruction, narrow, packed, sources)
 
 
 def _to_tf32(instruction):

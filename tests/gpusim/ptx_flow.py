@@ -14,6 +14,7 @@ class ControlFlow:
         self.together, self.counter = True, 0
         self.counters = np.zeros(everyone.size, np.int64)
         self.alive, self.waiting = everyone.copy(), ~everyone
+        self.finish = None
 
     def current(self):
         """(counter, mask of the threads to run) of the next instruction, or None when all threads are done."""
@@ -55,9 +56,12 @@ class ControlFlow:
         self.counters[mask] += 1
         self.alive[leaving] = False
 
-    def barrier(self, mask, arriving):
+    def barrier(self, mask, arriving, finish=lambda alive: None):
+        """finish: what is done, of all the threads that are left, when all have reached the barrier."""
+        self.finish = finish
         if self.together and arriving.all():
             self.on_barrier()
+            finish(self.everyone)
             self.counter += 1
         elif not arriving.any():
             self.advance(mask)
@@ -73,6 +77,7 @@ class ControlFlow:
         self.waiting[:] = False
         self.counters[self.alive] += 1
         self.on_barrier()
+        self.finish(self.alive)
         self._join()
 
     def _separate(self):

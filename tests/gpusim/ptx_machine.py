@@ -1,6 +1,6 @@
 """Executes PTX on the CPU: an independent check of what a compiler made (Triton's or nvcc's, for sm_80 and sm_90a).
 
-    Kernel(ptx_text).launch(grid, threads, [tensor | int | float, ...], shared=bytes)
+    Kernel(ptx_text).launch(grid, threads, [tensor | int | float | bytes, ...], shared=bytes)
 
 The threads of a block run in numpy lock step, the lowest program counter first, and the blocks one after another.
 PtxError: an address outside every tensor argument or misaligned, shared memory that two warps touch without a barrier
@@ -9,7 +9,9 @@ wgmma, any opcode that is not modelled (TMA, mbarrier, tcgen05, calls). cp.async
 functions are exact here, and neither the order of memory operations nor races between blocks are modelled.
 """
 import itertools
+import math
 import struct
+from typing import NamedTuple
 
 import numpy as np
 import ptx_access
@@ -20,7 +22,7 @@ import ptx_warp
 import ptx_wgmma
 import torch
 from ptx_flow import ControlFlow
-from ptx_memory import AsynchronousCopies, GlobalMemory, SharedMemory
+from ptx_memory import AsynchronousCopies, GlobalMemory, Parameters, SharedMemory
 from ptx_operands import PREDICATE, WARP, Registers
 from ptx_parser import PtxError, parse
 
@@ -32,32 +34,51 @@ FLOAT_FORMATS = {16: "<e", 32: "<f", 64: "<d"}
 
 
 class Kernel:
-    """One entry of a PTX text, by default the first."""
+    """One entry of a PTX text, by default the first. memory: tensors that its threads may access beside the arguments."""
 
-    def __init__(self, ptx_text, name=None):
-        self.program = parse(ptx_text, name)
+    def __init__(self, ptx_text, name=None, memory=()):
+        self.program, self.memory = parse(ptx_text, name), list(memory)
 
     def launch(self, grid, threads, args, shared=0, races=True):
-        """Runs every block. args: CPU tensors and numbers; parameters past them (Triton's scratch) are 0."""
-        machine = _Machine(self.program, tuple(grid) + (1,) * (3 - len(grid)), threads, args, shared, races)
-        machine.run()
+        """Runs every block. threads: a number, or the block's shape. args: CPU tensors and numbers, or bytes as they lie in
+        a parameter; parameters past them (Triton's scratch) are 0."""
+        memory = self.memory + [arg for arg in args if isinstance(arg, torch.Tensor)]
+        launch = Launch(_shape(grid), _shape(threads), memory, shared, races)
+        _Machine(self.program, launch, _parameters(self.program, args)).run()
+
+
+class Launch(NamedTuple):
+    """grid: blocks along x, y, z; block: its threads; memory: tensors; shared: bytes of dynamic shared memory."""
+    grid: tuple
+    block: tuple
+    memory: list
+    shared: int
+    races: bool
+
+
+def _shape(sizes):
+    sizes = (sizes,) if isinstance(sizes, int) else tuple(sizes)
+    return sizes + (1,) * (3 - len(sizes))
 
 
 class _Machine:
     """The state of one launch, as the builders of instructions see it."""
 
-    def __init__(self, program, grid, threads, args, shared, races):
+    def __init__(self, program, launch, parameters):
+        threads = math.prod(launch.block)
         if threads % WARP:
             raise PtxError(f"{threads} threads are no whole number of warps")
-        self.program, self.grid, self.threads = program, grid, threads
+        self.program, self.grid, self.threads, self.parameters = program, launch.grid, threads, Parameters(parameters)
         self.warps = np.arange(threads) // WARP
-        self.global_memory = GlobalMemory([arg for arg in args if isinstance(arg, torch.Tensor)])
-        size = max(program.dynamic_offset + shared, program.static_shared)
-        self.shared = SharedMemory(size, races, fine=_accesses_single_bytes(program))
+        self.tables = {name: torch.tensor(list(table), dtype=torch.uint8) for name, table in program.tables.items()}
+        self.global_memory = GlobalMemory([*launch.memory, *self.tables.values()])
+        size = max(program.dynamic_offset + launch.shared, program.static_shared)
+        self.shared = SharedMemory(size, launch.races, fine=_accesses_single_bytes(program))
         self.copies = AsynchronousCopies(self.shared, threads // WARP)
         self.unfinished = ptx_wgmma.Unfinished(self.shared, max(1, threads // ptx_wgmma.WARPGROUP))
-        self.registers = Registers(program, threads, grid)
-        self.parameters = _parameters(program, args)
+        tables = {name: table.data_ptr() for name, table in self.tables.items()}
+        symbols = program.shared | self.parameters.addresses | tables
+        self.registers = Registers(program, launch.block, launch.grid, symbols)
         self.steps = [self._step(instruction) for instruction in program.instructions]
 
     def run(self):
@@ -97,8 +118,7 @@ class _Machine:
         if opcode in ("ret", "exit"):
             return ControlFlow.exit
         if opcode in ("bar", "barrier") and not instruction.has("warp"):
-            _check_barrier(instruction, self.threads)
-            return ControlFlow.barrier
+            return _barrier(self.registers, instruction)
         return _then_advance(self._effect(opcode, instruction))
 
     def _effect(self, opcode, instruction):
@@ -134,10 +154,21 @@ def _then_advance(effect):
     return action
 
 
-def _check_barrier(instruction, threads):
-    counts = [int(operand, 0) for operand in instruction.operands[1:]]
-    if not instruction.has("sync") or instruction.has("cluster") or counts not in ([], [threads]):
+def _barrier(registers, instruction):
+    """bar.sync of the whole block, and bar.red, which also combines a predicate of all its threads."""
+    counts = instruction.operands[2:-1] if instruction.has("red") else instruction.operands[1:]
+    if (not instruction.has("sync", "red") or instruction.has("cluster")
+            or counts and not (counts[0].isdigit() and int(counts[0]) == registers.threads)):
         raise PtxError(f"barrier not modelled: {instruction.text}")
+    if instruction.has("sync"):
+        return ControlFlow.barrier
+    combine = {"and": np.all, "or": np.any, "popc": np.count_nonzero}[instruction.modifiers[-2]]
+    kind = instruction.type
+    write, flag = registers.writer(instruction.operands[0], kind), registers.source(instruction.operands[-1], PREDICATE)
+
+    def finish(alive):
+        write(np.full(alive.size, combine(flag()[alive]), kind.dtype), alive)
+    return lambda flow, mask, active: flow.barrier(mask, active, finish)
 
 
 def _trap(active):
@@ -160,6 +191,10 @@ def _parameters(program, args):
 
 
 def _parameter_bytes(kind, value):
+    if isinstance(value, bytes):
+        if len(value) != kind.bits // 8:
+            raise PtxError(f"an argument of {len(value)} bytes for a parameter of {kind.bits // 8}")
+        return value
     if kind.kind == "f":
         return struct.pack(FLOAT_FORMATS[kind.bits], value)
     return (int(value) & (2 ** kind.bits - 1)).to_bytes(kind.bits // 8, "little")

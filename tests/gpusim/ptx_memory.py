@@ -5,7 +5,8 @@ import numpy as np
 from extents import Extents
 from ptx_parser import PtxError
 
-SHARED_WINDOW = np.uint64(1 << 56)
+SHARED_WINDOW, PARAMETER_WINDOW = np.uint64(1 << 56), 1 << 57
+PARAMETER_ALIGNMENT = 16
 UNWRITTEN = 0xFF
 NOBODY, SEVERAL = -1, -2
 
@@ -43,6 +44,23 @@ class GlobalMemory:
             lanes = slice(None) if number[0] == found and (number == found).all() else number == found
             offsets = (addresses[lanes] - self.extents.first[found]).astype(np.int64)
             yield lanes, found, offsets[:, None] + np.arange(size)
+
+
+class Parameters:
+    """The bytes of the parameters, given by name, in a window of their own. addresses: name -> where its bytes begin."""
+
+    def __init__(self, values):
+        self.addresses, self.bytes = {}, np.empty(0, np.uint8)
+        for name, value in values.items():
+            self.addresses[name] = PARAMETER_WINDOW + self.bytes.size
+            padding = bytes(-len(value) % PARAMETER_ALIGNMENT)
+            self.bytes = np.concatenate([self.bytes, np.frombuffer(value + padding, np.uint8)])
+
+    def read(self, addresses, size):
+        offsets = (addresses - np.uint64(PARAMETER_WINDOW)).astype(np.int64)
+        if offsets.min() < 0 or offsets.max() + size > self.bytes.size:
+            raise PtxError(f"load outside the {self.bytes.size} bytes of parameters")
+        return self.bytes[offsets[:, None] + np.arange(size)]
 
 
 class SharedMemory:

@@ -1,4 +1,5 @@
 """The registers of a block's threads, and functions that read and write an instruction's operands."""
+import math
 import re
 
 import numpy as np
@@ -8,7 +9,7 @@ from ptx_parser import PtxError, Type
 WARP = 32
 ADDRESS = Type("u", 64)
 PREDICATE = Type("pred", 1)
-SPECIAL = re.compile(r"%(tid|ntid|ctaid|nctaid|laneid|warpid)(?:\.([xyz]))?")
+SPECIAL = re.compile(r"%(tid|ntid|ctaid|nctaid|laneid|warpid|lanemask_(?:eq|[lg][te]))(?:\.([xyz]))?")
 GARBAGE = 0xFF
 
 
@@ -19,8 +20,10 @@ class Registers:
     and the mask of the threads that write them.
     """
 
-    def __init__(self, program, threads, grid):
-        self.types, self.shared, self.threads, self.grid = program.registers, program.shared, threads, grid
+    def __init__(self, program, shape, grid, symbols):
+        """shape: of the block; symbols: name -> address."""
+        self.types, self.symbols, self.shape, self.grid = program.registers, symbols, shape, grid
+        threads = self.threads = math.prod(shape)
         self.everyone = np.ones(threads, bool)
         self.arrays = {name: np.empty(threads, bool if kind.kind == "pred" else kind.raw)
                        for name, kind in program.registers.items()}
@@ -94,15 +97,19 @@ class Registers:
         block = self.block[axis:axis + 1]
         if name == "ctaid":
             return lambda: np.repeat(block, self.threads).astype(kind.raw).view(kind.dtype)
-        values = {"tid": threads if axis == 0 else threads * 0, "laneid": threads % WARP, "warpid": threads // WARP,
-                  "ntid": threads * 0 + (self.threads, 1, 1)[axis], "nctaid": threads * 0 + self.grid[axis]}[name]
+        lanes = threads % WARP
+        inner = math.prod(self.shape[:axis])
+        values = {"tid": threads // inner % self.shape[axis], "laneid": lanes, "warpid": threads // WARP,
+                  "ntid": threads * 0 + self.shape[axis], "nctaid": threads * 0 + self.grid[axis],
+                  "lanemask_eq": 1 << lanes, "lanemask_lt": (1 << lanes) - 1, "lanemask_le": (2 << lanes) - 1,
+                  "lanemask_ge": -1 << lanes, "lanemask_gt": -2 << lanes}[name]
         values = values.astype(kind.raw).view(kind.dtype)
         return lambda: values
 
     def _constant(self, operand, kind):
-        """An immediate or the address of a shared array, the same for each thread."""
-        if operand in self.shared:
-            bits = self.shared[operand]
+        """An immediate or the address of an array, the same for each thread."""
+        if operand in self.symbols:
+            bits = self.symbols[operand]
         elif hexadecimal := re.fullmatch(r"0[fFdD]((?:[0-9a-fA-F]{8}){1,2})", operand):
             bits = int(hexadecimal[1], 16)
         elif re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|0[bB][01]+|\d+)U?", operand):

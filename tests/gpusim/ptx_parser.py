@@ -9,8 +9,11 @@ import numpy as np
 IDENTIFIER = re.compile(r"%?[A-Za-z_$][\w$]*(?:\.[xyz])?")
 TYPE = re.compile(r"[usbf](?:8|16|32|64)|bf16|tf32|f16x2|bf16x2|f32x2|pred")
 ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)([^{]*)\{", re.DOTALL)
-STATIC_SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d+)\]")
+COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
+STATIC_SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.[usbf](\d+)\s+([\w$]+)(?:\[(\d+)\])?\s*;")
 DYNAMIC_SHARED = re.compile(r"\.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[\]")
+TABLE = re.compile(r"\.(?:const|global)\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[(\d+)\](?:\s*=\s*\{([\d,\s]*)\})?\s*;")
+PARAMETER = re.compile(r"\.([usbf]\d+)\b.*?([\w$]+)\s*(?:\[(\d+)\])?$", re.DOTALL)
 DYNAMIC_ALIGNMENT = 1024
 COMPUTED = {"bf16": np.float32, "tf32": np.float32, "pred": np.bool_}
 NUMPY_KINDS = {"s": "int", "u": "uint", "b": "uint", "f": "float"}
@@ -73,11 +76,13 @@ class Instruction:
 
 @dataclasses.dataclass
 class Program:
-    """parameters: name -> Type; registers: name -> Type; shared: array name -> offset in shared memory."""
+    """parameters: name -> Type, of a struct its bytes as one number of bits; registers: name -> Type; shared: array name ->
+    offset in shared memory; tables: of the whole text, name -> bytes in global or constant memory."""
     parameters: dict
     shared: dict
     static_shared: int
     dynamic_offset: int
+    tables: dict
     registers: dict = dataclasses.field(default_factory=dict)
     instructions: list = dataclasses.field(default_factory=list)
     labels: dict = dataclasses.field(default_factory=dict)
@@ -86,15 +91,30 @@ class Program:
 @functools.lru_cache(maxsize=64)
 def parse(ptx, name=None):
     """The Program of the entry `name`, or of the first entry; not to be changed, for it is given again."""
-    ptx = re.sub(r"/\*.*?\*/", "", re.sub(r"//[^\n]*", "", ptx), flags=re.DOTALL)
-    entries = list(ENTRY.finditer(ptx))
-    entry = next((found for found in entries if name in (None, found[1])), None)
+    ptx, found = entries(ptx)
+    entry = next(iter(found.values()), None) if name is None else found.get(name)
     if entry is None:
-        raise PtxError(f"no entry {name}, only: {', '.join(found[1] for found in entries)}")
-    body = _body(ptx, entry.end())
-    program = Program(_parameters(entry[2]), *_shared_arrays(ptx[:entries[0].start()] + body))
+        raise PtxError(f"no entry {name}, only: {', '.join(found)}")
+    body, before = _body(ptx, entry.end()), ptx[:next(iter(found.values())).start()]
+    tables = {table[1]: _table(table[2], table[3]) for table in TABLE.finditer(before)}
+    program = Program(_parameters(entry[2]), *_shared_arrays(before + body), tables)
     _Reader(program).read(body)
     return program
+
+
+@functools.lru_cache(maxsize=32)
+def entries(ptx):
+    """(the text without its comments, name of an entry -> the match of its head there)."""
+    ptx = COMMENT.sub("", ptx)
+    return ptx, {found[1]: found for found in ENTRY.finditer(ptx)}
+
+
+def alone(ptx, name):
+    """The text without the other entries."""
+    ptx, found = entries(ptx)
+    entry = found[name]
+    before = re.sub(r"\.(?:visible|weak)\s*$", "", ptx[:next(iter(found.values())).start()])
+    return f"{before}.visible {entry[0]}{_body(ptx, entry.end())}}}\n"
 
 
 def split_operands(text):
@@ -123,8 +143,14 @@ def _body(ptx, start):
 
 
 def _parameters(text):
-    return {re.findall(r"[\w$]+", parameter)[-1]: to_type(re.search(r"\.([usbf]\d+)", parameter)[1])
-            for parameter in split_operands(text)}
+    found = [PARAMETER.search(parameter).groups() for parameter in split_operands(text)]
+    return {name: Type("b", 8 * int(size)) if size else to_type(kind) for kind, name, size in found}
+
+
+def _table(size, values):
+    """Its bytes; those that no value is given for are 0."""
+    given = bytes(int(value) for value in (values or "").split(",") if value.strip())
+    return given.ljust(int(size), b"\0")
 
 
 def _shared_arrays(text):
@@ -132,8 +158,8 @@ def _shared_arrays(text):
     offsets, size = {}, 0
     for array in STATIC_SHARED.finditer(text):
         size = _aligned(size, max(int(array[1]), 16))
-        offsets[array[2]] = size
-        size += int(array[3])
+        offsets[array[3]] = size
+        size += int(array[4] or 1) * int(array[2]) // 8
     dynamic = _aligned(size, DYNAMIC_ALIGNMENT)
     for array in DYNAMIC_SHARED.finditer(text):
         offsets[array[1]] = dynamic
@@ -187,7 +213,7 @@ class _Reader:
             self.program.instructions.append(self._instruction(text))
 
     def _declare(self, text):
-        kind, names = re.fullmatch(r"\.reg\s+\.(\w+)\s+(.*)", text, re.DOTALL).groups()
+        kind, names = re.fullmatch(r"\.reg\s*\.(\w+)\s+(.*)", text, re.DOTALL).groups()
         for name in split_operands(names):
             numbered = re.fullmatch(r"(%?[\w$]+?)<(\d+)>", name)
             members = [f"{numbered[1]}{i}" for i in range(int(numbered[2]))] if numbered else [name]

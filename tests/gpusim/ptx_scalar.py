@@ -8,9 +8,10 @@ import numpy as np
 from number_formats import bfloat16_to_float32, float32_to_bfloat16
 from ptx_operands import PREDICATE
 from ptx_parser import PtxError, Type, vector
+from ptx_rounding import DIRECTIONS, directed
 
 SHIFT = Type("u", 32)
-NOT_MODELLED = ("sat", "rz", "rm", "rp", "cc")
+NOT_MODELLED = (*DIRECTIONS, "sat", "cc")
 PACKED = ("f16x2", "bf16x2", "f32x2")
 WIDER = {np.float16: np.float64, np.float32: np.float64, np.float64: np.longdouble}
 
@@ -25,11 +26,12 @@ def elementwise(registers, instruction, function, result, sources):
 def arithmetic(float_function, integer_function):
     """A builder for an opcode whose operands and result are all of one type."""
     def build(registers, instruction):
-        _refuse_modifiers(instruction)
-        if instruction.has(*PACKED):
-            return _packed(registers, instruction, float_function)
-        kind = instruction.type
-        function = float_function if kind.dtype in WIDER else integer_function
+        kind, function = instruction.type, directed(instruction)
+        if function is None:
+            _refuse_modifiers(instruction)
+            if instruction.has(*PACKED):
+                return _packed(registers, instruction, float_function)
+            function = float_function if kind.dtype in WIDER else integer_function
         if function is None:
             raise PtxError(f"type not modelled: {instruction.text}")
         if instruction.has("relu"):
@@ -82,6 +84,8 @@ def _fused_multiply_add(a, b, c):
 def _extremum(ignoring_nan, keeping_nan):
     """min or max: .NaN lets a NaN win; .xorsign.abs compares magnitudes and gives the result the product's sign."""
     def build(registers, instruction):
+        if len(instruction.operands) != 3:
+            raise PtxError(f"form not modelled: {instruction.text}")
         function = keeping_nan if instruction.has("NaN") else ignoring_nan
         if instruction.has("xorsign"):
             function = _with_sign_of_product(function)
@@ -212,6 +216,30 @@ def _reversed_bits(values):
     return np.packbits(_bits(values)[:, ::-1], axis=1, bitorder="little").view(values.dtype)[:, 0]
 
 
+def _highest_bit(registers, instruction):
+    """bfind: the place of the highest bit that is not the sign's, counted from below or, by .shiftamt, from above."""
+    kind, from_above = instruction.type, instruction.has("shiftamt")
+
+    def find(values):
+        magnitude = np.where(values < 0, ~values, values).astype(kind.raw)
+        zeros = _leading_zeros(magnitude)
+        place = zeros if from_above else np.uint32(kind.bits - 1) - zeros
+        return np.where(magnitude == 0, np.uint32(0xFFFFFFFF), place)
+    return elementwise(registers, instruction, find, SHIFT, [kind])
+
+
+def _byte_products(registers, instruction):
+    """dp4a: four products of bytes, summed and added to the third operand."""
+    left, right = instruction.types[-2:]
+    signed = "s" in (left.kind, right.kind)
+
+    def multiply(a, b, c):
+        a, b = (np.ascontiguousarray(words).view(f"{'i' if kind.kind == 's' else 'u'}1").reshape(-1, 4).astype(np.int64)
+                for words, kind in ((a, left), (b, right)))
+        return ((a * b).sum(1) + c).astype(np.int32 if signed else np.uint32)
+    return elementwise(registers, instruction, multiply, Type("s" if signed else "u", 32), [SHIFT] * 3)
+
+
 def _counting(function):
     def build(registers, instruction):
         return elementwise(registers, instruction, function, SHIFT, [instruction.type])
@@ -253,6 +281,8 @@ def _permute(registers, instruction):
 def _compare(registers, instruction):
     """setp: comparison, optionally combined with a predicate; the second destination gets the opposite."""
     comparison, *rest = instruction.modifiers
+    if instruction.has(*PACKED):
+        raise PtxError(f"comparison not modelled: {instruction.text}")
     read = registers.sources(instruction.operands[1:3], instruction.type)
     compare = _comparison(comparison, instruction.type.dtype in WIDER)
     logic = next((LOGIC[name] for name in rest if name in LOGIC), None)
@@ -265,6 +295,17 @@ def _compare(registers, instruction):
         for write, value in zip(writers, combined):
             write(value, active)
     return execute
+
+
+def _compare_to_number(registers, instruction):
+    """set: 1 in floating point, every bit in an integer where the comparison holds."""
+    if len(instruction.modifiers) != 3 or instruction.has(*PACKED):
+        raise PtxError(f"comparison not modelled: {instruction.text}")
+    result, kind = instruction.types
+    compare = _comparison(instruction.modifiers[0], kind.dtype in WIDER)
+    true = 1 if result.dtype in WIDER else -1
+    return elementwise(registers, instruction, lambda a, b: np.where(compare(a, b), true, 0).astype(result.dtype), result,
+                       [kind, kind])
 
 
 def _comparison(name, floating):
@@ -335,7 +376,8 @@ BUILDERS = {
     "xor": arithmetic(None, np.bitwise_xor), "shl": _shift, "shr": _shift, "shf": _funnel_shift,
     "bfe": _bit_field_extract, "bfi": _bit_field_insert, "popc": _counting(_population_count),
     "clz": _counting(_leading_zeros), "brev": arithmetic(None, _reversed_bits), "lop3": _lookup, "prmt": _permute,
-    "setp": _compare, "selp": _select, "mov": _move, "createpolicy": _create_policy,
+    "bfind": _highest_bit, "dp4a": _byte_products,
+    "setp": _compare, "set": _compare_to_number, "selp": _select, "mov": _move, "createpolicy": _create_policy,
     "ex2": arithmetic(np.exp2, None), "lg2": arithmetic(np.log2, None), "rcp": arithmetic(np.reciprocal, None),
     "rsqrt": arithmetic(lambda x: 1 / np.sqrt(x), None), "sqrt": arithmetic(np.sqrt, None),
     "tanh": arithmetic(np.tanh, None), "sin": arithmetic(np.sin, None), "cos": arithmetic(np.cos, None),

@@ -70,6 +70,24 @@ def _vote(registers, instruction):
     return execute
 
 
+def _match(registers, instruction):
+    """match.any: the lanes that have a thread's value; match.all: those, and whether all members have one value."""
+    destinations = instruction.operands[0].split("|")
+    write, write_all = registers.writer(destinations[0], WORD), registers.writer((destinations + ["_"])[1], PREDICATE)
+    value = registers.source(instruction.operands[1], instruction.type)
+    members = registers.source(instruction.operands[2], WORD)
+
+    def execute(active):
+        _require_members(members(), active, "match.sync")
+        values, present = value().reshape(-1, WARP), active.reshape(-1, WARP)
+        equal = (values[:, :, None] == values[:, None, :]) & present[:, None, :]
+        found = (equal * LANE_BITS).sum(2, dtype=np.uint64).astype(np.uint32).ravel()
+        everywhere = found == ballot(active).repeat(WARP)
+        write(np.where(everywhere, found, 0) if instruction.has("all") else found, active)
+        write_all(everywhere, active)
+    return execute
+
+
 def _reduce(registers, instruction):
     """redux.sync: one integer result for all members, which must be all the active threads of a warp."""
     operation = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
@@ -108,4 +126,4 @@ def _elect(registers, instruction):
     return execute
 
 
-BUILDERS = {"shfl": _shuffle, "vote": _vote, "redux": _reduce, "activemask": _active_mask, "elect": _elect}
+BUILDERS = {"shfl": _shuffle, "vote": _vote, "match": _match, "redux": _reduce, "activemask": _active_mask, "elect": _elect}

@@ -25,9 +25,11 @@ class Architecture:
     warp_tensor: int
     float_lanes: int
     registers: int = 65536
+    reserved: int = KIB  # bytes of shared memory that each block loses to the system
 
 
 ARCHITECTURES = {
+    75: Architecture(shared=64 * KIB, warps=32, blocks=16, tensor=128, warp_tensor=128, float_lanes=16, reserved=0),
     80: Architecture(shared=164 * KIB, warps=64, blocks=32, tensor=256, warp_tensor=256, float_lanes=16),
     86: Architecture(shared=100 * KIB, warps=48, blocks=16, tensor=128, warp_tensor=128, float_lanes=32),
     89: Architecture(shared=100 * KIB, warps=48, blocks=24, tensor=128, warp_tensor=128, float_lanes=32),
@@ -35,7 +37,6 @@ ARCHITECTURES = {
     100: Architecture(shared=228 * KIB, warps=64, blocks=32, tensor=1024, warp_tensor=256, float_lanes=32),
     120: Architecture(shared=100 * KIB, warps=48, blocks=24, tensor=256, warp_tensor=256, float_lanes=32),
 }
-RESERVED_SHARED = KIB
 REGISTER_UNIT, WARP_UNIT = 256, 4
 CLASSES = {
     "mma": "HMMA HGMMA QGMMA IGMMA QMMA IMMA UTCHMMA UTCQMMA UTCIMMA",
@@ -72,32 +73,34 @@ def occupancy(arch, registers, shared, num_warps):
     machine = ARCHITECTURES[arch]
     warp_registers = -(-registers * WARP // REGISTER_UNIT) * REGISTER_UNIT
     warps = machine.registers // warp_registers // WARP_UNIT * WARP_UNIT
-    limits = {"registers": warps // num_warps, "shared": machine.shared // (shared + RESERVED_SHARED),
+    limits = {"registers": warps // num_warps, "shared": machine.shared // max(1, shared + machine.reserved),
               "warps": machine.warps // num_warps, "blocks": machine.blocks}
     limit = min(limits, key=limits.get)
     return limits[limit], limits[limit] * num_warps, limit
 
 
-def describe(cubin_bytes, arch, num_warps, shared, flops=0):
+def describe(cubin_bytes, arch, num_warps, shared, flops=0, streams=False):
     """Facts and predictions about the kernel in a cubin. The hot loop has the most tensor work, or without any is the
     largest innermost one; without loops it is the whole kernel.
 
     shared: bytes that a launch asks for; flops: useful ones of one pass of the hot loop by a program, for `efficiency`:
     their share of the machine's half-precision peak by the issue model. bytes_per_clock: of global accesses, for a
     quarter multiprocessor whose busiest pipe never rests, by `_bytes_per_clock`'s rule where there are several loops;
-    bound: that pipe of the hot loop. spills: accesses to local memory.
+    bound: that pipe of the hot loop. spills: accesses to local memory. streams: the hot loop is the one that moves most by
+    its widest accesses, and bytes_per_clock is of those alone: narrower ones are of indices and scales, which lanes share.
     """
     instructions, resources = disassemble(cubin_bytes)
     shared = max(shared, resources.get("SHARED", 0))
     registers = resources["REG"]
     blocks, warps, limit = occupancy(arch, registers, shared, num_warps)
     found = _loops(instructions, arch, num_warps)
-    hot = max(found, key=lambda loop: loop.rank)
+    hot = max(found, key=lambda loop: loop.streamed if streams else loop.rank)
     counts = collections.Counter(classify(instruction.opcode) for instruction in instructions)
     return {
         "registers": registers, "spills": counts["local"], "shared": shared, "blocks": blocks, "warps": warps,
         "limit": limit, "loop": dict(hot.classes), "tensor": dict(hot.tensor_kinds), "widths": _widths(instructions),
-        "efficiency": hot.efficiency(blocks, flops), "bytes_per_clock": _bytes_per_clock(found, hot),
+        "efficiency": hot.efficiency(blocks, flops),
+        "bytes_per_clock": hot.streamed / hot.clocks if streams else _bytes_per_clock(found, hot),
         "bound": hot.bound,
     }
 
@@ -145,6 +148,8 @@ class _Loop:
         self.clocks = self.busy[self.bound]
         self.moved = sum(map(_global_bytes, self.instructions))
         self.loaded = sum(_global_bytes(i) for i in self.instructions if i.base in LOADS)
+        widths = [_width(i.opcode) for i in self.instructions if i.base in LOADS]
+        self.streamed = sum(_global_bytes(i) for i in self.instructions if widths and _width(i.opcode) == max(widths))
         self.is_innermost = not inner
         tensor, size = sum(self.tensor_cycles), len(own)
         self.rank = tensor > 0, tensor, self.is_innermost, -size if tensor else size

@@ -1,8 +1,8 @@
-"""The CUDA kernels of the paged KV cache, on the CPU: every dtype, odd heads, permuted pages, against the reference."""
+"""The CUDA kernels of the paged KV cache, simulated and with -m gpu on one: every dtype, odd heads, permuted pages."""
 import cuda_shim
 import pytest
 import torch
-from cuda_executors import Shim, running_cuda
+from cuda_executors import Shim, on_gpu, running_cuda
 from numerics import assert_accurate
 
 from fastgpt import ops, reference
@@ -21,14 +21,14 @@ class Case:
     def __init__(self, page_size=16, cache=torch.bfloat16, dtype=None, D=24, H=4, G=2, lens=LENS, order=0):
         torch.manual_seed(2)
         dtype = dtype or (torch.bfloat16 if cache in LARGEST else cache)
-        self.query_lens, self.context_lens = (torch.tensor(column) for column in zip(*lens))
+        self.query_lens, self.context_lens = (torch.tensor(column, device="cpu") for column in zip(*lens))
         N, most = int(self.query_lens.sum()), -(-int(self.context_lens.max()) // page_size)
         past = int((self.context_lens - self.query_lens).sum())
         self.q = torch.randn(N, H, D).to(dtype)
         self.new, self.past = (torch.randn(2, count, G, D).to(dtype) for count in (N, past))
         pages = 3 * len(lens) * most
-        self.tables = torch.randperm(pages, generator=torch.Generator().manual_seed(order))[:len(lens) * most]
-        self.tables = self.tables.view(len(lens), most).int()
+        order = torch.randperm(pages, generator=torch.Generator("cpu").manual_seed(order), device="cpu")
+        self.tables = order[:len(lens) * most].view(len(lens), most).int()
         self.cache = PagedCache.empty(pages, G, page_size, D, cache, lanes=1)
         self.spoil()
 
@@ -39,7 +39,7 @@ class Case:
             if tensor is not None:
                 tensor.copy_(torch.full_like(tensor, float("nan") if tensor.is_floating_point() else 99, dtype=torch.float32))
         used = -(-self.context_lens // self.cache.page_size)
-        self.tables[torch.arange(self.tables.shape[1]) >= used[:, None]] = -7
+        self.tables[torch.arange(self.tables.shape[1], device="cpu") >= used[:, None]] = -7
 
     def store(self):
         before = self.context_lens - self.query_lens
@@ -66,9 +66,10 @@ class Case:
         assert_accurate("paged attention", found, self.truth(window=window), plain)
 
 
-@pytest.fixture(params=["fifo", "rand:1"])
+@pytest.fixture(params=["fifo", "rand:1", pytest.param("gpu", marks=pytest.mark.gpu)])
 def shim(request):
-    with running_cuda(Shim(request.param, "late" if request.param == "fifo" else "early")) as executor:
+    copies = "late" if request.param == "fifo" else "early"
+    with on_gpu() if request.param == "gpu" else running_cuda(Shim(request.param, copies)) as executor:
         yield executor
 
 
@@ -130,9 +131,9 @@ def test_bits_of_tokens_together_are_those_of_each_alone(shim):
     case = Case(lens=[(5, 600)]).store()
     together = case.run()
     for i in range(5):
-        one = paged.Sequences.of(case.tables, torch.tensor([1]), torch.tensor([596 + i]), "cpu")
+        one = paged.Sequences.of(case.tables, torch.tensor([1]), torch.tensor([596 + i]), case.q.device)
         assert torch.equal(paged.attend(case.q[i:i + 1], case.cache, one), together[i:i + 1])
-    short = paged.Sequences.of(case.tables, torch.tensor([1]), torch.tensor([200]), "cpu")
+    short = paged.Sequences.of(case.tables, torch.tensor([1]), torch.tensor([200]), case.q.device)
     one_chunk = paged.attend(case.q[:1], case.cache, short)
     short.max_context = 1000  # room for chunks that are not there
     assert torch.equal(paged.attend(case.q[:1], case.cache, short), one_chunk)
@@ -187,6 +188,14 @@ def test_copies_of_pages(shim, page_bytes):
     pairs = torch.tensor([[1, 4], [5, 0]], dtype=torch.int32)
     launch.run("copy_pages", tensors.device, tensors.data_ptr(), 3, tensors.stride(0), page_bytes, pairs.data_ptr(), 2)
     assert torch.equal(tensors, expected)
+
+
+def test_the_default_device_is_not_asked(shim):
+    case = Case().store()
+    expected, kept = case.run(), case.cache.v.clone()
+    with torch.device("meta"):
+        case.store()
+        assert torch.equal(case.run(), expected) and torch.equal(case.cache.v.nan_to_num(), kept.nan_to_num())
 
 
 def test_nothing_to_do(shim):

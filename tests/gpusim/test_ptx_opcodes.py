@@ -2,7 +2,9 @@
 import itertools
 import math
 import struct
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -49,6 +51,12 @@ def permuted(low, high, selectors):
     return result
 
 
+def byte_products(a, b, bits_a, bits_b):
+    """Of four bytes; bits: 8 where they are signed."""
+    pairs = zip(struct.pack("<I", a), struct.pack("<I", b))
+    return sum((signed(x, bits_a) if bits_a else x) * (signed(y, bits_b) if bits_b else y) for x, y in pairs)
+
+
 def divided(a, b):
     return int(math.copysign(1, a) * math.copysign(1, b)) * (abs(a) // abs(b)) if b else 0
 
@@ -82,6 +90,14 @@ INTEGER = {
     "popc.b32 %r31, %r0;": lambda a: a.bit_count(),
     "clz.b32 %r31, %r0;": lambda a: 32 - a.bit_length(),
     "brev.b32 %r31, %r0;": lambda a: int(f"{a:032b}"[::-1], 2),
+    "bfind.u32 %r31, %r0;": lambda a: a.bit_length() - 1,
+    "bfind.s32 %r31, %r0;": lambda a: (signed(a) if signed(a) >= 0 else ~signed(a)).bit_length() - 1,
+    "bfind.shiftamt.u32 %r31, %r0;": lambda a: 32 - a.bit_length() if a else -1,
+    "dp4a.u32.u32 %r31, %r0, %r1, %r2;": lambda a, b, c: byte_products(a, b, 0, 0) + c,
+    "dp4a.s32.u32 %r31, %r0, %r1, %r2;": lambda a, b, c: byte_products(a, b, 8, 0) + c,
+    "dp4a.s32.s32 %r31, %r0, %r1, %r2;": lambda a, b, c: byte_products(a, b, 8, 8) + c,
+    "set.lt.u32.s32 %r31, %r0, %r1;": lambda a, b: -1 if signed(a) < signed(b) else 0,
+    "mov.u32 %r31, %lanemask_lt; mov.u32 %r30, %lanemask_ge; xor.b32 %r31, %r31, %r30;": lambda a: -1,
     "lop3.b32 %r31, %r0, %r1, %r2, 0xD8;": lambda a, b, c: c & b | ~c & a,
     "prmt.b32 %r31, %r0, %r1, %r2;": permuted,
     "div.u32 %r31, %r0, %r1;": lambda a, b: a // b if b else None,
@@ -165,8 +181,12 @@ FLOAT = {
         a.isnan() | b.isnan()), a, b),
     "cvt.rn.f16.f32 %h0, %r0; cvt.f32.f16 %r31, %h0;": lambda a, b: a.half().float(),
     "cvt.rn.bf16.f32 %h0, %r0; cvt.f32.bf16 %r31, %h0;": lambda a, b: a.bfloat16().float(),
+    "set.gt.f32.f32 %r31, %r0, %r1;": lambda a, b: (a > b).float(),
+    "setp.ltu.f32 %p0, %r0, %r1; selp.f32 %r31, 1, 0, %p0;": lambda a, b: torch.zeros_like(a).masked_fill(~(a >= b), 2 ** -149),
     "cvt.f64.f32 %d3, %r0; mul.f64 %d3, %d3, %d3; cvt.rn.f32.f64 %r31, %d3;": lambda a, b: a.double().square().float(),
 }
+DIRECTED = {"add": lambda a, b, c: a + b, "sub": lambda a, b, c: a - b, "mul": lambda a, b, c: a * b,
+            "fma": lambda a, b, c: a * b + c}
 FUNCTIONS = {"ex2.approx": torch.exp2, "lg2.approx": torch.log2, "rcp.rn": torch.reciprocal,
              "rsqrt.approx": torch.rsqrt, "sqrt.rn": torch.sqrt, "tanh.approx": torch.tanh, "sin.approx": torch.sin,
              "cos.approx": torch.cos}
@@ -177,6 +197,27 @@ def test_floats(body):
     inputs = floats(2)
     expected = FLOAT[body](inputs[:, 0], inputs[:, 1])
     torch.testing.assert_close(run_word(body, inputs).view(torch.float32), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def exactly(function, row, direction):
+    """float32 of the exact result, rounded in a direction."""
+    exact = function(*map(Fraction, row))
+    nearest = np.float32(float(exact))
+    towards = {"rm": -np.inf, "rp": np.inf, "rz": -np.inf if exact > 0 else np.inf}[direction]
+    wrong = Fraction(float(nearest)) > exact if towards < 0 else Fraction(float(nearest)) < exact
+    return np.nextafter(nearest, np.float32(towards)) if wrong else nearest
+
+
+@pytest.mark.parametrize("direction", ["rz", "rm", "rp"])
+@pytest.mark.parametrize("name", DIRECTED)
+def test_directed_rounding(name, direction):
+    """Sums whose parts are up to 2**80 apart among them."""
+    inputs = torch.randn(96, 3) * 2.0 ** torch.randint(-40, 40, (96, 3))
+    inputs[0, 1] = inputs[0, 2] = 0
+    operands = "%r0, %r1, %r2" if name == "fma" else "%r0, %r1"
+    actual = run_word(f"{name}.{direction}.ftz.f32 %r31, {operands};", inputs).view(torch.float32)
+    wanted = [exactly(DIRECTED[name], row, direction) for row in inputs.tolist()]
+    assert actual.tolist() == [float(value) for value in wanted]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -235,6 +276,21 @@ def test_two_conversions_in_one(element, packed):
     torch.testing.assert_close(result, inputs.flip(1).to(element), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("name, element", [("e4m3x2", torch.float8_e4m3fn), ("e5m2x2", torch.float8_e5m2)])
+def test_conversions_of_8_bits(name, element):
+    """Two numbers from float32 and from float16, the larger ones saturated, and back."""
+    inputs = torch.cat([floats(2).nan_to_num(0, 1e9, -1e9), torch.randn(60, 2)])
+    inputs = inputs[:len(inputs) // 32 * 32]
+    body = f"""cvt.rn.satfinite.{name}.f32 %h0, %r1, %r0; cvt.rn.f16x2.{name} %r31, %h0;
+        cvt.rn.f16x2.f32 %r8, %r1, %r0; cvt.rn.satfinite.{name}.f16x2 %h1, %r8; mov.b32 %r30, {{%h0, %h1}};
+        mov.b64 %d7, {{%r30, %r31}};"""
+    eight, wide = run(body, inputs).unbind(1)
+    top = torch.finfo(element).max
+    nearest, of_half = (values.clamp(-top, top).to(element) for values in (inputs, inputs.half().float()))
+    assert torch.equal(eight.contiguous().view(torch.uint8).view(-1, 4), torch.cat([nearest, of_half], 1).view(torch.uint8))
+    assert torch.equal(wide.contiguous().view(torch.float16).view(-1, 2), nearest.half())
+
+
 @pytest.mark.parametrize("rounding, expected", [("rzi", torch.trunc), ("rni", torch.round), ("rmi", torch.floor),
                                                 ("rpi", torch.ceil)])
 def test_float_to_integer_saturates(rounding, expected):
@@ -269,6 +325,12 @@ SHUFFLES = {
     "setp.lt.s32 %p0, %r0, 3; vote.sync.ballot.b32 %r31, %p0, -1;": lambda lane: 7 if lane < 32 else 0,
     "setp.lt.s32 %p0, %r0, 3; vote.sync.any.pred %p1, %p0, -1; selp.b32 %r31, 1, 0, %p1;": lambda lane: lane < 32,
     "setp.lt.s32 %p0, %r0, 32; vote.sync.all.pred %p1, %p0, -1; selp.b32 %r31, 1, 0, %p1;": lambda lane: lane < 32,
+    "and.b32 %r8, %r0, 3; match.any.sync.b32 %r31, %r8, -1;": lambda lane: signed(0x11111111 << lane % 4),
+    "shr.u32 %r8, %r0, 5; match.all.sync.b32 %r31|%p0, %r8, -1; @!%p0 trap;": lambda lane: -1,
+    "match.all.sync.b32 %r9|%p0, %r0, -1; selp.b32 %r31, 1, %r9, %p0;": lambda lane: 0,
+    "setp.lt.s32 %p0, %r0, 40; bar.red.popc.u32 %r31, 0, %p0;": lambda lane: 40,
+    "setp.lt.s32 %p0, %r0, 40; bar.red.and.pred %p1, 0, !%p0; selp.b32 %r31, 1, 0, %p1;": lambda lane: 0,
+    "setp.ge.u32 %p0, %tid, 32; @%p0 bra $end; bar.red.popc.u32 %r31, 0, 1; $end:": lambda lane: 32 if lane < 32 else -1,
     "elect.sync %r8|%p0, -1; selp.b32 %r31, 1, 0, %p0;": lambda lane: lane % 32 == 0,
     "redux.sync.max.s32 %r31, %r0, -1;": lambda lane: lane // 32 * 32 + 31,
     "redux.sync.add.u32 %r31, %r0, -1;": lambda lane: 496 if lane < 32 else 1520,
@@ -287,6 +349,8 @@ ATOMICS = {
     "atom.shared.max.s32 %r31, [%d0], %r2;": lambda: ([0, *range(63)], 63),
     "atom.shared.exch.b32 %r31, [%d0], %r2;": lambda: ([0, *range(63)], 63),
     "atom.shared.cas.b32 %r31, [%d0], 0, 7;": lambda: ([0] + [7] * 63, 7),
+    "atom.shared.inc.u32 %r31, [%d0], 9;": lambda: ([lane % 10 for lane in range(64)], 4),
+    "atom.shared.dec.u32 %r31, [%d0], 9;": lambda: ([-lane % 10 for lane in range(64)], 6),
     "red.shared.or.b32 [%d0], %r2; mov.u32 %r31, 0;": lambda: ([0] * 64, 63),
 }
 
@@ -302,12 +366,14 @@ def test_atomics_run_one_lane_after_another(body):
 
 
 @pytest.mark.parametrize("body", [
-    "dp4a.u32.u32 %r31, %r0, %r1, %r2;", "add.cc.u32 %r31, %r0, %r1;", "add.rz.f32 %r31, %r0, %r1;",
+    "dp2a.lo.u32.u32 %r31, %r0, %r1, %r2;", "add.cc.u32 %r31, %r0, %r1;",
+    "add.rz.f64 %d7, %d0, %d1;", "div.rz.f32 %r31, %r0, %r1;",
+    "setp.lt.f16x2 %p0|%p1, %r0, %r1;", "set.lt.f16x2.f16x2 %r31, %r0, %r1;", "max.f32 %r31, %r0, %r1, %r2;",
     "add.sat.s32 %r31, %r0, %r1;", "prmt.b32.f4e %r31, %r0, %r1, %r2;", "cvt.rz.bf16.f32 %h0, %r0;",
-    "cvt.rn.satfinite.e4m3x2.f32 %h0, %r0, %r1;", "ld.local.b32 %r31, [%d0];", "call foo, (%r1);",
+    "cvt.rz.satfinite.e4m3x2.f32 %h0, %r0, %r1;", "ld.local.b32 %r31, [%d0];", "call foo, (%r1);",
     "mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%r0,%r1,%r2,%r3}, {%r0,%r1}, {%r0}, {%r0,%r1,%r2,%r3};",
     "cp.async.bulk.shared.global [%d0], [%d1], 16, [%d2];", "mbarrier.init.shared.b64 [%d0], 1;", "bar.sync 1, 64;",
-    "mov.u32 %r31, %clock;", "atom.shared.inc.u32 %r31, [%d0], 1;"])
+    "mov.u32 %r31, %clock;", "atom.shared.frob.u32 %r31, [%d0], 1;"])
 def test_what_is_not_modelled_is_named(body):
     with pytest.raises(PtxError, match="not modelled|no destination|not a dest"):
         run_word(body, LANES[:32])

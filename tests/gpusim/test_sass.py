@@ -13,6 +13,12 @@ from sass_issue import IssueModel, operation
 from sass_model import classify, describe, find_loops, occupancy, pipe_cycles
 
 
+def test_blocks_on_turing():
+    """It has 64 KB of shared memory, of which a block loses nothing, and half the warps."""
+    assert occupancy(75, 64, 64 * 1024, 4) == (1, 4, "shared") and occupancy(80, 64, 64 * 1024, 4)[0] == 2
+    assert occupancy(75, 32, 0, 4) == (8, 32, "warps")
+
+
 def described_copy(divisible):
     signature = {"X": "*fp16", "Y": "*fp16", "n": "i32", "BLOCK": "constexpr", "LOAD_MASKED": "constexpr",
                  "STORE_MASKED": "constexpr"}

@@ -1,6 +1,5 @@
 // The module of the shim: the launchers, as the extension has them, and the simulator's controls.
-#include <pybind11/functional.h>
-#include <pybind11/stl.h>
+#include <pybind11/pybind11.h>
 
 #include "bindings_cuda.h"
 #include "simulator.h"
