@@ -84,5 +84,34 @@ def attention_config(kernel, arch, dtype, width, busy, key_mask):
             known = PARENT.get(known)
 
 
+# Prefill over a paged cache: (kind of call, architecture) -> {width: (BLOCK_M, BLOCK_N, num_warps, num_stages)}. A third stage on
+# sm_80 pays here, where the loop with masks copies nothing ahead and leaves its registers.
+# Quantised on sm_80: every warp converts all keys, so that fewer at a time spare registers.
+PREFILL = {
+    ("plain", 80): {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 1)},
+    ("plain", 90): {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 32, 4, 2)},
+    ("window", 80): {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (128, 32, 8, 3)},
+    ("quantised", 80): {16: (128, 32, 4, 2), 32: (128, 32, 4, 2), 64: (128, 32, 4, 2), 128: (128, 32, 8, 2)},
+    ("float32", 80): {16: (32, 32, 4, 2), 32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 4, 1), 256: (16, 16, 8, 1)},
+    ("float32", 90): {16: (64, 32, 4, 1), 32: (64, 32, 4, 1), 64: (64, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 8, 1)},
+}
+
+
+def prefill_config(arch, dtype, width, window, quantised):
+    """(BLOCK_M, BLOCK_N, options) for heads whose tiles are `width` wide. The same for all lengths and page sizes, on which a
+    row's bits must not depend."""
+    if dtype.itemsize == 4:
+        kinds = ["float32"]
+    else:
+        kinds = ["quantised"] * quantised + ["window"] * window + ["plain"]
+    known = arch
+    while known:
+        for kind in kinds:
+            if width in PREFILL.get((kind, known), {}):
+                block_m, block_n, num_warps, num_stages = PREFILL[kind, known][width]
+                return block_m, block_n, {"num_warps": num_warps, "num_stages": num_stages}
+        known = PARENT.get(known)
+
+
 CROSS_ENTROPY_BLOCK, CROSS_ENTROPY_WARPS = 4096, 8  # 16 elements a thread: two 16-byte loads of a 16-bit dtype
 CROSS_ENTROPY_CHUNK = 256e6  # bytes of logits: 2,500 rows of GPT-2's, enough for the products to be at their peak

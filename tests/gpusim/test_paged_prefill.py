@@ -77,6 +77,7 @@ INTERPRETED = [
     ("float32", "float32", 24, 80, (2, 2), {"window": 70}),
     ("bfloat16", "float16", 24, 24, (6, 2), {}),
     ("float16", "bfloat16", 24, 19, (2, 1), {"window": 1}),
+    ("bfloat16", "bfloat16", 24, 24, (2, 1), {"window": 20, "lens": [(33, 100)]}),  # tiles end behind the table
     ("float32", "bfloat16", 64, 64, (2, 1), {}),
     ("bfloat16", "bfloat16", 64, 80, (2, 1), {}),
     ("float16", "float32", 64, 64, (2, 2), {}),
@@ -171,6 +172,13 @@ def test_a_page_that_does_not_exist(page_size, entry, window, cache_dtype):
             queries < keys[-1] + (window or 2 ** 30)))
 
 
+def test_a_page_that_does_not_exist_far_in_a_table():
+    """Entries are looked at 512 at a time."""
+    case = Case(torch.bfloat16, page_size=1, D=24, lens=[(70, 700)])
+    with running(Interpreter()), strict():
+        check_spoilt(case, *spoilt(case, 540, -1), lambda queries: queries >= 540)
+
+
 @pytest.mark.parametrize("entry", [0, 1])
 def test_compiled_a_page_that_does_not_exist(entry):
     case = Case(torch.bfloat16, lens=[(67, 70)])
@@ -231,6 +239,16 @@ def test_nothing_is_read_on_the_host():
         for spec in INFERENCE_SPECS:
             spec.launcher(**spec.inputs(torch.bfloat16, "meta", False)[1])
     assert len(recorder.launches) == len(INFERENCE_SPECS)
+
+
+def test_loads_go_to_the_end_of_padded_rows():
+    """So that they are of 16 bytes; without a pad, as far as there is a row."""
+    case = Case(torch.bfloat16, D=19, page_size=16, lens=[(1, 1)])
+    with running(Recorder(90)) as recorder:
+        case.run()
+        case.cache = PagedCache(torch.zeros(1, 1, 16, 19, 1).bfloat16(), torch.zeros(1, 1, 16, 19).bfloat16())
+        case.run()
+    assert [launch[3]["WIDTH"] for launch in recorder.launches] == [24, 19]
 
 
 @pytest.mark.parametrize("arch", [80, 90])
