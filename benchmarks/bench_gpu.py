@@ -1,14 +1,19 @@
-"""The Triton kernels on an NVIDIA GPU: are they right there, and how fast are they beside their rivals?
+"""fastgpt on an NVIDIA GPU: is it right there, and how fast is it beside its rivals?
 
-    pip install -e '.[gpu]' liger-kernel flash-attn; python -m benchmarks.bench_gpu --save gpu
+    pip install -e '.[gpu]' liger-kernel flash-attn transformers; python -m benchmarks.bench_gpu --save gpu
 
-In bfloat16: every SPEC of the kernels at GPT-2 124M's sizes against the reference in float64, by the tests' accuracy
-rule; the time of ours and of the rivals, if they compute the same function; a training step of GPT-2. What is wrong,
-missing or without such an op is a row that says why. PyTorch's own loss takes the logits in float32, as under autocast.
+Its parts, each at GPT-2 124M's sizes, each after a check of the results in the same run:
+    ops         every SPEC of the Triton kernels in bfloat16 against the reference in float64, by the tests' accuracy
+                rule; PyTorch's own loss takes the logits in float32, as under autocast
+    training    a training step
+    kernels     the CUDA kernels of a decoding step: benchmarks/gpu_kernels.py
+    generation  `fastgpt.LLM` beside transformers, torch.compile and vLLM: benchmarks/gpu_decoding.py
+What is wrong, missing or without such an op is a row that says why; a part that breaks is one, and the next part goes on.
 The last line is one JSON document.
 """
 import argparse
 import importlib.metadata
+import os
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -16,57 +21,36 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from benchmarks import results, timing, training
+from benchmarks import gpu_decoding, gpu_kernels, results, timing, training
 from benchmarks.accuracy import check_results
 from benchmarks.cases import BOTH, FORWARD
+from benchmarks.gpu_timing import (
+    COLUMNS,
+    COMPILED,
+    DTYPE,
+    FLASH,
+    LIGER,
+    OURS,
+    PYTORCH,
+    WARM_UPS,
+    Contestant,
+    CudaTimer,
+    ceilings,
+    compare,
+    guarded,
+    imported,
+    print_row,
+    row,
+)
 from benchmarks.machine import describe, one_line
-from benchmarks.neighbours import Neighbours
+from benchmarks.peers import GPU_DTYPES, GPU_RIVALS
 from fastgpt import GPTConfig, kernels, ops, reference
 
-OURS, PYTORCH, COMPILED, FLASH, LIGER = "fastgpt", "pytorch", "pytorch, compiled", "flash-attn", "liger"
 LIGER_OPS = "liger_kernel.transformers.functional"
-DTYPE = torch.bfloat16
-FLUSHED = 256 << 20  # bytes written before each call: more than any L2 cache holds
-DELAY = 2_000_000  # clocks, about 1 ms: the host has queued a call before the GPU gets to it, and only the GPU is timed
-WARM_UPS = 3
 LARGEST = 1 << 30  # bytes of the largest float64 matrix that a check makes; it needs about 8 of them
 ROWS = {"attention": ("q", "k", "v", "key_mask"), "cross_entropy": ("x", "targets")}  # what a check may cut
 HEAD_SIZES, LONG = (64, 128), 4096
-COLUMNS = "{:24} {:19} {:19} {:>9} {:>19}  {}"
 compiled = partial(torch.compile, dynamic=False)
-
-
-class CudaTimer:
-    """Times calls on the GPU by events, each with cold L2 caches. rounds: how often each contestant takes its turn."""
-
-    def __init__(self, rounds):
-        self.rounds = rounds
-        self.buffer = torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
-
-    def warm_up(self, run):
-        for _ in range(WARM_UPS):
-            run()
-        torch.cuda.synchronize()
-
-    def seconds(self, run):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(DELAY)
-        self.buffer.zero_()
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-    def allocated(self):
-        return torch.cuda.memory_allocated()
-
-    def peak(self, run):
-        """The most bytes of tensors during a call; `allocated`: those of now."""
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,10 +139,6 @@ def _gradients(outputs):
     return [torch.empty_like(o).copy_(values) for o, values in zip(outputs, numbers)]
 
 
-def _imported(module):
-    return guarded(partial(importlib.import_module, module))
-
-
 # The rivals: (tensors with gradients, the op's other arguments) -> a function of those tensors alone, with all prepared
 # that need not be done in each call. They raise timing.Failure where there is no such thing.
 
@@ -184,7 +164,7 @@ def _sdpa(inputs, causal=True, scale=None, dropout_p=0.0, seed=None, key_mask=No
 
 
 def _varlen(inputs, q_starts, k_starts):
-    attend = _imported("torch.nn.attention.varlen").varlen_attn
+    attend = imported("torch.nn.attention.varlen").varlen_attn
     max_q, max_k = (int(starts.diff().max()) for starts in (q_starts, k_starts))
     return partial(attend, cu_seq_q=q_starts, cu_seq_k=k_starts, max_q=max_q, max_k=max_k, window_size=(-1, 0),
                    enable_gqa=inputs["q"].shape[1] != inputs["k"].shape[1])
@@ -193,24 +173,24 @@ def _varlen(inputs, q_starts, k_starts):
 def _flash(inputs, causal=True, scale=None, dropout_p=0.0, seed=None, key_mask=None, window=None):
     if key_mask is not None:
         raise timing.Failure("flash-attn has no key masks")
-    attend = partial(_imported("flash_attn").flash_attn_func, dropout_p=dropout_p, softmax_scale=scale,
+    attend = partial(imported("flash_attn").flash_attn_func, dropout_p=dropout_p, softmax_scale=scale,
                      causal=causal, window_size=(-1, -1) if window is None else (window - 1, 0))
     return lambda *qkv: attend(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2)
 
 
 def _flash_varlen(inputs, q_starts, k_starts):
-    attend = _imported("flash_attn").flash_attn_varlen_func
+    attend = imported("flash_attn").flash_attn_varlen_func
     max_q, max_k = (int(starts.diff().max()) for starts in (q_starts, k_starts))
     return partial(attend, cu_seqlens_q=q_starts, cu_seqlens_k=k_starts, max_seqlen_q=max_q, max_seqlen_k=max_k,
                    causal=True)
 
 
 def _liger_norm(inputs):
-    return partial(_imported(LIGER_OPS).liger_layer_norm, eps=1e-5)
+    return partial(imported(LIGER_OPS).liger_layer_norm, eps=1e-5)
 
 
 def _liger_loss(inputs, targets, label_smoothing=0.0, z_loss=0.0, reduction="mean"):
-    return partial(_imported(LIGER_OPS).liger_fused_linear_cross_entropy, target=targets, lse_square_scale=z_loss,
+    return partial(imported(LIGER_OPS).liger_fused_linear_cross_entropy, target=targets, lse_square_scale=z_loss,
                    label_smoothing=label_smoothing, reduction=reduction)  # of x and weight
 
 
@@ -261,42 +241,6 @@ def check(case):
     return failures
 
 
-def guarded(run):
-    """run(), whose errors, of whatever library, are a timing.Failure of one line."""
-    try:
-        return run()
-    except Exception as error:
-        raise timing.Failure(f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}") from error
-
-
-class Contestant:
-    """What `timing.compare` runs, timed by `timer`."""
-
-    def __init__(self, name, run, timer):
-        self.name, self.run, self.timer = name, run, timer
-
-    def prepare(self):
-        guarded(partial(self.timer.warm_up, self.run))
-
-    def sample(self, evict=None):
-        return timing.Sample(guarded(partial(self.timer.seconds, self.run)))
-
-
-def compare(entrants, timer):
-    return timing.compare(entrants, rounds=timer.rounds, neighbours=Neighbours(busy=lambda: None))
-
-
-def ceilings(timer, device="cuda", copied=1 << 30, multiplied=8192):
-    """Rows of what the GPU does at best: bytes (read and written) a second, and FLOPs of square matrices."""
-    source = torch.empty(copied, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    a, b = torch.randn(2, multiplied, multiplied, dtype=DTYPE, device=device)
-    result = compare([Contestant("copy", lambda: target.copy_(source), timer),
-                      Contestant("matmul", lambda: torch.matmul(a, b), timer)], timer)
-    return [{"ceiling": name, "seconds": result.timing(name), "rate": timing.rate(result.timing(name), work)}
-            for name, work in (("copy", 2 * copied), ("matmul", 2 * multiplied ** 3))]
-
-
 def measure(case, timer, what=BOTH, *, failures=(), tops=(), compiler=compiled):
     """A row for each contestant of a case. failures: check's; tops: ceilings'."""
     functions, failures = contestants(case)[0], dict(failures)
@@ -310,22 +254,8 @@ def measure(case, timer, what=BOTH, *, failures=(), tops=(), compiler=compiled):
     known = {"spec": case.spec.name, "op": case.spec.op, "what": what, "dtype": "bfloat16",
              "shape": ", ".join("x".join(map(str, t.shape)) for t in case.inputs.values()),
              "flops": case.flops(what), "bytes": case.bytes(what)}
-    return [_row(known, name, result, failures.get(name), tops) for name in (OURS, PYTORCH, COMPILED, FLASH, LIGER)
+    return [row(known, name, result, failures.get(name), tops) for name in (OURS, PYTORCH, COMPILED, FLASH, LIGER)
             if name in functions or name in failures]
-
-
-def _row(known, name, result, failure, tops):
-    """share: the least time for the work at the ceiling that binds, over the measured one. ratio: how many times faster
-    ours is than this contestant."""
-    seconds = result.timing(name)
-    row = {**known, "contestant": name, "seconds": seconds, "ceiling": None, "share": None,
-           "ratio": None if name == OURS else result.ratio(OURS, name), "failure": failure}
-    if seconds and tops:
-        ideal = {top["ceiling"]: known["flops" if top["ceiling"] == "matmul" else "bytes"] / top["rate"]["median"]
-                 for top in tops}
-        row["ceiling"] = max(ideal, key=ideal.get)
-        row["share"] = timing.rate(seconds, ideal[row["ceiling"]])
-    return row
 
 
 class Trainee(Contestant):
@@ -391,36 +321,42 @@ def _train_row(entrant, result, batch, length):
             "failure": result.failures.get(entrant.name)}
 
 
-def print_row(row):
-    figures, ratio, share = ("-", "-", row["failure"]), row["ratio"], row.get("share")
-    if row["seconds"]:
-        note = f"{share['median']:.0%} of {row['ceiling']}" if share else ""
-        if "tokens_per_second" in row:
-            note = f"{row['tokens_per_second']['median']:.0f} tokens/s, {row['peak_mb']:.0f} MB"
-        ratio = f"{ratio['median']:.2f} ({ratio['q1']:.2f}..{ratio['q3']:.2f})" if ratio else "-"
-        figures = f"{row['seconds']['median'] * 1e6:.1f}", ratio, note
-    print(COLUMNS.format(row["spec"], row["what"], row["contestant"], *figures), flush=True)
-
-
-def run(timer, device="cuda", gpt2=True, compiler=compiled):
-    """All three parts: -> (the ceilings' rows, the others')."""
-    torch.manual_seed(0)
-    tops = ceilings(timer, device) if gpt2 else ceilings(timer, device, 1 << 10, 8)
-    for top in tops:
-        print(f"{top['ceiling']}: {top['rate']['median']:.3g} {'FLOP' if top['ceiling'] == 'matmul' else 'bytes'}/s")
-    print(COLUMNS.format("", "", "", "us", "ours is faster by", "share of its ceiling"))
-    rows = []
+def op_rows(timer, tops, device="cuda", gpt2=True, compiler=compiled):
     for case in cases(device, gpt2):
         torch.compiler.reset()  # so that no shape is taken to vary
         failures = check(case)
         for what in (FORWARD, BOTH):
-            for row in measure(case, timer, what, failures=failures, tops=tops, compiler=compiler):
-                print_row(row)
-                rows.append(row)
-    for row in train(timer, GPTConfig() if gpt2 else training.MODELS["tiny"], 8 if gpt2 else 1, device, compiler):
-        print_row(row)
-        rows.append(row)
+            yield from measure(case, timer, what, failures=failures, tops=tops, compiler=compiler)
+
+
+def training_rows(timer, tops, device="cuda", gpt2=True, compiler=compiled):
+    yield from train(timer, GPTConfig() if gpt2 else training.MODELS["tiny"], 8 if gpt2 else 1, device, compiler)
+
+
+PARTS = {"ops": op_rows, "training": training_rows, "kernels": gpu_kernels.rows, "generation": gpu_decoding.rows}
+
+
+def run(timer, parts, device="cuda", gpt2=True):
+    """parts: name -> one of PARTS -> (the ceilings' rows, the parts')."""
+    torch.manual_seed(0)
+    tops, rows = ceilings(timer, device) if gpt2 else ceilings(timer, device, 1 << 10, 8), []
+    for top in tops:
+        print(f"{top['ceiling']}: {top['rate']['median']:.3g} {'FLOP' if top['ceiling'] == 'matmul' else 'bytes'}/s")
+    print(COLUMNS.format("", "", "", "us", "ours is faster by", "share of its ceiling"))
+    for name, part in parts.items():
+        for found in _unbroken(name, part(timer, tops, device, gpt2)):
+            print_row(found)
+            rows.append(found)
     return tops, rows
+
+
+def _unbroken(name, rows):
+    """The rows, and where they break off one that says why."""
+    try:
+        while found := guarded(partial(next, rows, None)):
+            yield found
+    except timing.Failure as failure:
+        yield {"spec": name, "what": "", "contestant": OURS, "seconds": None, "ratio": None, "failure": str(failure)}
 
 
 def gpu():
@@ -431,19 +367,38 @@ def gpu():
             "versions": {name: installed.get(name) for name in ("triton", "flash-attn", "liger-kernel")}}
 
 
-def main(argv=None):
+def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--scenarios", nargs="+", choices=gpu_decoding.SCENARIOS, default=list(gpu_decoding.SCENARIOS),
+                        help="of the generation")
+    parser.add_argument("--dtypes", nargs="+", choices=GPU_DTYPES, default=list(GPU_DTYPES), help="of the generation")
+    parser.add_argument("--python", nargs="+", default=[], metavar="RIVAL=PATH", help="the Python that has a rival of it")
+    parser.add_argument("--log", metavar="FILE", default=os.devnull, help="add to it what its engines print")
     parser.add_argument("--save", metavar="NAME", help="also write benchmarks/results/NAME.json")
-    options = parser.parse_args(argv)
-    reason = kernels.missing(None)
-    if reason:
-        sys.exit(f"bench_gpu: {reason}")
-    settings = {"rounds": options.rounds, **gpu()}
+    options = vars(parser.parse_args(argv))
+    options["python"] = dict(item.partition("=")[::2] for item in options["python"])
+    if not set(options["python"]) <= set(GPU_RIVALS):
+        parser.error(f"--python: expected RIVAL=PATH of {', '.join(GPU_RIVALS)}")
+    return options
+
+
+def main(argv=None):
+    options = parse(argv)
+    missing = kernels.missing(None)
+    if missing:
+        sys.exit(f"bench_gpu: {missing}")
+    settings = {**options, **gpu()}
+    save, pythons, log = (settings.pop(name) for name in ("save", "python", "log"))
     print(f"{settings['gpu']}; {one_line(describe())}")
+    parts = {name: PARTS[name] for name in options["parts"]}
+    if "generation" in parts:
+        parts["generation"] = partial(parts["generation"], scenarios=options["scenarios"], dtypes=options["dtypes"],
+                                      pythons=pythons, log=log)
     with ops.backend("triton"):
-        tops, rows = run(CudaTimer(options.rounds))
-    results.finish(results.document("gpu", settings, tops, rows), options.save)
+        tops, rows = run(CudaTimer(options["rounds"]), parts)
+    results.finish(results.document("gpu", settings, tops, rows), save)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ CHECKED_ROWS = 2
 TIE = 1e-4
 # Of all the others the mean over the tokens: what rounded weights, keys and values may cost. A token chosen by chance
 # lies 4 below (2 among 33 tokens).
-MEAN_SHORTFALL = {"float32": 0.001, "bfloat16": 0.005, "int8": 0.05, "int4": 0.6}
+MEAN_SHORTFALL = {"float32": 0.001, "float16": 0.001, "bfloat16": 0.005, "int8": 0.05, "int4": 0.6}
 
 LIMIT = 4  # caps that a start may take, with its check and its first run
 
@@ -73,7 +73,7 @@ class Models:
 
 
 class Contestant(Process):
-    """An engine in one scenario. kind: (engine, dtype, threads). cap: seconds that a run may take.
+    """An engine in one scenario. kind: (engine, dtype, threads or "cuda"). cap: seconds that a run may take.
 
     What exceeds it is not started in the model's scenarios that follow.
     """
@@ -83,8 +83,8 @@ class Contestant(Process):
         self.precision = ENGINES[self.engine].precisions.get(self.dtype)
         self.scenario, self.models, self.cap, self.shortfall = scenario, models, cap, None
         # Every rival under its own defaults: `import fastgpt` has set the first in this process.
-        threads = {"OMP_WAIT_POLICY": None, "OMP_NUM_THREADS": str(self.threads)}
-        super().__init__(name, None, env=threads, log=models.log, limit=LIMIT * cap)
+        threads = {} if self.threads == "cuda" else {"OMP_NUM_THREADS": str(self.threads)}
+        super().__init__(name, None, env={"OMP_WAIT_POLICY": None, **threads}, log=models.log, limit=LIMIT * cap)
 
     def prepare(self):
         if self.precision is None:

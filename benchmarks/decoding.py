@@ -35,6 +35,7 @@ class Scenario:
 SCENARIOS = {
     "decode": Scenario("gpt2", 1, 32, 128),
     "batch": Scenario("gpt2", 16, 128, 64),
+    "many": Scenario("gpt2", 64, 128, 64),
     "prefill": Scenario("gpt2", 1, 512, 1),
     "long": Scenario("gpt2", 1, 900, 100),
     "small": Scenario("small", 1, 32, 128),

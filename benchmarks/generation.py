@@ -3,7 +3,8 @@
 python -m benchmarks.generation NAME PRECISION THREADS SOURCE FOLDER BATCH PROMPT NEW
 python -m benchmarks.generation --make NAME PRECISION SOURCE FOLDER
 
-The second writes the engine's files into FOLDER. Standard library alone, but for the engine itself.
+THREADS: how many, or "cuda" for an NVIDIA GPU. The second writes the engine's files into FOLDER. Standard library alone,
+but for the engine itself.
 """
 import itertools
 import json
@@ -38,7 +39,7 @@ def timed(engine, prompts, new):
 def serve(parent, name, precision, threads, source, folder, *shape):
     batch, length, new = map(int, shape)
     vocab = json.loads(Path(source, "config.json").read_text())["vocab_size"]
-    engine = ENGINES[name].adapter().Engine(source, folder, precision, int(threads))
+    engine = ENGINES[name].adapter().Engine(source, folder, precision, int(threads) if threads.isdigit() else threads)
     load_mb = memory_mb()
     reset_peak()
     ids, _ = timed(engine, random_prompts(vocab, batch, length, 0), max(new, CHECKED_TOKENS))
@@ -61,19 +62,19 @@ def make(parent, name, precision, source, folder):
     parent.serve(dict)
 
 
-def reason(error):
-    """One line."""
+def reason(error, package):
+    """One line. package: what pip installs the engine by."""
     if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is not installed: pip install '.[peers]'"
+        return f"{error.name} is not installed: pip install {package}"
     return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
 
 
 def main(argv):
-    parent = Parent()
+    parent, making = Parent(), argv[0] == "--make"
     try:
-        make(parent, *argv[1:]) if argv[0] == "--make" else serve(parent, *argv)
+        make(parent, *argv[1:]) if making else serve(parent, *argv)
     except Exception as error:  # whatever an engine raises is why it has no figures
-        parent.refuse(reason(error))
+        parent.refuse(reason(error, ENGINES[argv[making]].package))
         raise
 
 

@@ -1,9 +1,10 @@
-"""Predicts, without a GPU, how near the Triton kernels and their rivals come to a GPU's limits, from their machine code:
+"""Predicts, without a GPU, how near the Triton and CUDA kernels and the rivals come to a GPU's limits, from their machine code:
 
     pip install -e '.[test]' 'liger-kernel'; python -m benchmarks.predict_gpu --save gpu_predicted
 
-Needs neither a GPU nor a driver: triton brings its own assembler. tests/gpusim/README.md says what such a prediction can tell
-and what not. The test of the checked-in figures is tests/gpusim/test_predicted.py.
+Needs neither a GPU nor a driver: triton brings its own assembler, and nvcc compiles the CUDA kernels. tests/gpusim/README.md says
+what such a prediction can tell and what not. The tests of the checked-in figures are test_predicted.py and test_cuda_predicted.py
+there.
 """
 import argparse
 import sys
@@ -14,6 +15,8 @@ from benchmarks import gpu_rivals, results
 
 sys.path.append(str(results.RESULTS.parents[1] / "tests" / "gpusim"))
 
+import cuda_prediction
+import nvcc
 import prediction
 from efficiency import predicted_efficiency
 
@@ -31,11 +34,19 @@ def rival_row(row):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", metavar="NAME", help="also write benchmarks/results/NAME.json")
-    save = parser.parse_args().save
-    rows = [{"source": "fastgpt", **row} for row in prediction.rows()]
-    rows += [rival_row(row) for arch in RIVALS_ARCHS for row in gpu_rivals.rows(arch)]
-    settings = {"triton": triton.__version__, "devices": prediction.DEVICES}
-    results.finish(results.document("gpu_predicted", settings, [], rows), save)
+    parser.add_argument("--cuda", action="store_true", help="renew the rows of the CUDA kernels, and keep the saved others")
+    options = parser.parse_args()
+    if nvcc.MISSING:
+        sys.exit(nvcc.MISSING)
+    if options.cuda:
+        saved = results.load_all()["gpu_predicted"]["rows"]
+        rows = [row for row in saved if row["source"] != cuda_prediction.SOURCE]
+    else:
+        rows = [{"source": "fastgpt", **row} for row in prediction.rows()]
+        rows += [rival_row(row) for arch in RIVALS_ARCHS for row in gpu_rivals.rows(arch)]
+    rows += cuda_prediction.rows()
+    settings = {"triton": triton.__version__, "nvcc": nvcc.version(), "devices": prediction.DEVICES}
+    results.finish(results.document("gpu_predicted", settings, [], rows), options.save)
 
 
 if __name__ == "__main__":

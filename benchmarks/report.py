@@ -159,15 +159,21 @@ GPU_ARCHS, MEMORY = (80, 90), (2.039e12, 3.35e12)  # bytes a second of an A100 8
 
 def _gpu_row(name, *rows):
     source, spec, kernel = name
-    label = f"{spec}: `{kernel}`" if source == "fastgpt" else f"*{spec}* ({source})"
+    label = f"{spec}: `{kernel}`" if source in ("fastgpt", "fastgpt, CUDA") else f"*{spec}* ({source})"
     moved = rows[0].get("bytes")
     floors = [f"{moved / rate * 1e6:.0f}" for rate in MEMORY] if moved else ["-"]
     return [label, " / ".join(map(_gpu_config, rows)), " / ".join(str(row["registers"]) for row in rows),
-            " / ".join(f"{row['efficiency']:.0%}" + f" ({row['spills']} spills)" * bool(row["spills"]) for row in rows),
+            " / ".join(_gpu_share(row) + f" ({row['spills']} spills)" * bool(row["spills"]) for row in rows),
             f"{moved / 1e6:.1f}" if moved else "-", " / ".join(floors)]
 
 
+def _gpu_share(row):
+    return "-" if row["efficiency"] is None else f"{row['efficiency']:.0%}"
+
+
 def _gpu_config(row):
+    if "grid" in row["config"]:
+        return f"{row['config']['grid']} x w{row['config']['num_warps']}"
     blocks = [str(value) for name, value in row["config"].items()
               if name.startswith("BLOCK") and name not in ("BLOCK_D",)]
     return f"{'x'.join(blocks)} w{row['config']['num_warps']}s{row['config'].get('num_stages', 1)}"

@@ -100,3 +100,18 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+GPU = pytest.param("gpu", marks=pytest.mark.gpu, id="gpu")
+
+
+@pytest.fixture(params=[pytest.param({}, id="simulated"), GPU])
+def cuda(request):
+    """The CUDA kernels answer every op: for tensors on the CPU, where their sources run thread by thread, by a Shim of these
+    options; or on a GPU, where new tensors then are."""
+    import cuda_shim
+    if cuda_shim.missing():
+        pytest.skip(cuda_shim.missing())
+    from cuda_executors import Shim, on_gpu, running_cuda
+    with on_gpu() if request.param == "gpu" else running_cuda(Shim(**request.param)) as executor:
+        yield executor

@@ -12,7 +12,8 @@ class Engine:
     version = "this checkout"
 
     def __init__(self, source, folder, precision, threads):
-        self.llm = fastgpt.LLM(source, dtype=precision, threads=threads)
+        place = {"device": threads} if threads == "cuda" else {"threads": threads}
+        self.llm = fastgpt.LLM(source, dtype=precision, **place)
         self.weight_bytes = self.llm.weight_bytes
 
     def generate(self, prompts, new):

@@ -25,7 +25,7 @@ class Sequences:
     @classmethod
     def of(cls, block_tables, query_lens, context_lens, device):
         """Of tensors on the CPU, as `ops.paged_attention` takes them."""
-        starts = torch.zeros(len(query_lens) + 1, dtype=torch.int32)
+        starts = torch.zeros(len(query_lens) + 1, dtype=torch.int32, device="cpu")
         starts[1:] = query_lens.cumsum(0)
         largest = [int(lens.max()) if len(lens) else 0 for lens in (query_lens, context_lens)]
         return cls(*(t.to(device, torch.int32).contiguous() for t in (block_tables, starts, context_lens)), *largest)
@@ -33,8 +33,8 @@ class Sequences:
 
 def slots_of(page_size, block_tables, query_lens, context_lens):
     """Where the new tokens of each sequence go, page * page_size + place: (N,) int64."""
-    slots = [torch.arange(length - new, length) for new, length in zip(query_lens.tolist(), context_lens.tolist())]
-    return torch.cat([torch.empty(0, dtype=torch.int64), *(
+    slots = [torch.arange(length - new, length, device="cpu") for new, length in zip(query_lens.tolist(), context_lens.tolist())]
+    return torch.cat([torch.empty(0, dtype=torch.int64, device="cpu"), *(
         table.long()[at // page_size] * page_size + at % page_size for table, at in zip(block_tables, slots))])
 
 

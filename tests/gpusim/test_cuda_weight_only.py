@@ -1,4 +1,4 @@
-"""The product with weights of 8 or 4 bits, simulated and with -m gpu on one: both formats and dtypes, odd sizes, against float64."""
+"""The product with weights of 8 or 4 bits, simulated and with -m gpu on one: both formats and dtypes, odd sizes."""
 import itertools
 
 import cuda_shim

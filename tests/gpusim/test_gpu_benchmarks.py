@@ -235,3 +235,14 @@ def test_on_a_gpu(capsys):
     ours = [row for row in found["rows"] if row["contestant"] == bench_gpu.OURS]
     assert ours and all(row["failure"] is None and row["seconds"]["median"] > 0 for row in ours)
     assert all(0 < row["share"]["median"] < 1 for row in ours if "share" in row), "more than the ceiling allows"
+
+
+@pytest.mark.gpu
+def test_decoding_on_a_gpu(capsys):
+    bench_gpu.main(["--rounds", "3", "--parts", "kernels", "generation", "--scenarios", "decode", "prefill", "--dtypes", "bfloat16",
+                    "int4"])
+    found = results.check(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    ours = [row for row in found["rows"] if row["contestant"] == bench_gpu.OURS]
+    assert {row["spec"].partition(",")[0] for row in ours} == {"paged_attention", "weight_only", "sample", "generation"}
+    assert all(row["failure"] is None and row["seconds"]["median"] > 0 for row in ours)
+    assert all(0 < row["share"]["median"] < 1.2 for row in ours), "reading alone may be faster than a copy, but not by much"

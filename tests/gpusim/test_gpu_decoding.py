@@ -1,4 +1,5 @@
-"""benchmarks/gpu_decoding.py and gpu_kernels.py where there is no GPU: engines in this process, simulated kernels, a fake timer."""
+"""benchmarks/gpu_decoding.py and gpu_kernels.py where there is no GPU: engines in this process, simulated kernels, a fake
+timer."""
 import json
 import sys
 from functools import partial
@@ -10,6 +11,7 @@ import pytest
 import torch
 from versions import simulable
 
+pytest.importorskip("triton")
 pytestmark = [pytest.mark.skipif(bool(cuda_shim.missing()), reason=str(cuda_shim.missing())),
               pytest.mark.skipif(not simulable(), reason="needs the triton that the interpreter knows"),
               pytest.mark.usefixtures("one_thread")]
@@ -20,8 +22,9 @@ from plain_device import plain_gpu
 from test_gpu_benchmarks import FakeTimer
 
 from benchmarks import bench_gpu, decoding, generation, gpu_decoding, gpu_kernels, gpu_timing, results, timing
-from benchmarks.contestants import Models
+from benchmarks.contestants import MEAN_SHORTFALL, Models, check_tokens
 from benchmarks.decoding import Scenario
+from benchmarks.gpu_kernels import TINY, attention_case, draw_case, linear_case
 from benchmarks.peers import GPU_RIVALS, OURS, static_cache
 from benchmarks.processes import Process
 from fastgpt import reference, torch_sampling
@@ -173,10 +176,15 @@ def test_rates_shares_and_tokens_that_agree():
 
 
 def test_a_static_cache_is_used_again(children, tmp_path):
-    """Also for fewer tokens, and after other sequences."""
-    engine = static_cache.Engine(Models(tmp_path, {}, None).source("tiny"), None, "float32", 1)
-    prompts = generation.random_prompts(101, 2, 9, 0)
+    """Also for fewer tokens, and after other sequences; the model is one whose vectors count too."""
+    models, prompts = Models(tmp_path, {}, None), generation.random_prompts(101, 2, 9, 0)
+    for parameter in models.model("tiny").parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    engine, int8 = (static_cache.Engine(models.source("tiny"), None, precision, 1) for precision in ("float32", "int8"))
     ids = engine.generate(prompts, 8)[0]
+    check_tokens(models.model("tiny"), prompts, ids)
+    check_tokens(models.model("tiny"), prompts, int8.generate(prompts, 8)[0], MEAN_SHORTFALL["int8"])
     keys = engine.model.layers[0].k
     assert engine.generate(generation.random_prompts(101, 2, 9, 1), 3)[0] != ids
     assert engine.generate(prompts, 5)[0] == [row[:5] for row in ids] and engine.model.layers[0].k is keys
@@ -207,7 +215,7 @@ def test_the_calls_at_gpt2s_sizes():
     """What is there for a GPU; nothing is made here."""
     found = list(gpu_kernels.cases(gpu_kernels.GPT2, "cuda"))
     assert len(found) == 2 * 3 + 2 * 5 * 3 + 2 * 3
-    assert {make.args[1] for make in found if make.func is gpu_kernels.attention_case} == {8, 64}
+    assert {make.args[1] for make in found if make.func is attention_case} == {8, 64}
 
 
 class FlashDecoding:
@@ -225,7 +233,7 @@ class FlashDecoding:
 def test_flash_attention_is_asked_for_the_same_function(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", FlashDecoding)
     with running_cuda(Shim()):
-        case = gpu_kernels.attention_case(gpu_kernels.TINY, 3, "bfloat16", "cpu")
+        case = attention_case(TINY, 3, "bfloat16", "cpu")
         assert set(case.calls) == {OURS, "pytorch", "flash-attn"} and not gpu_kernels._wrong(case)
 
 
@@ -235,11 +243,11 @@ def wrong(monkeypatch, module, name, change):
 
 
 @pytest.mark.parametrize(("make", "module", "name", "change", "message"), [
-    (partial(gpu_kernels.attention_case, gpu_kernels.TINY, 3, "int8"), paged, "attend", lambda out: 1.05 * out, "paged_attention"),
-    (partial(gpu_kernels.linear_case, gpu_kernels.TINY, "int4", "head", 2), weight_only, "weight_only_linear", lambda out: 1.05 * out,
+    (partial(attention_case, TINY, 3, "int8"), paged, "attend", lambda out: 1.05 * out, "paged_attention"),
+    (partial(linear_case, TINY, "int4", "head", 2), weight_only, "weight_only_linear", lambda out: 1.05 * out,
      "weight_only_linear: norm-relative"),
-    (partial(gpu_kernels.draw_case, gpu_kernels.TINY, 4, "all"), sampling, "sample", lambda ids: (ids + 1) % 65, "of 4 rows drew"),
-    (partial(gpu_kernels.draw_case, gpu_kernels.TINY, 4, "top 50"), torch_sampling, "choose", lambda ids: ids - 99, "4 of 4 rows")],
+    (partial(draw_case, TINY, 4, "all"), sampling, "sample", lambda ids: (ids + 1) % 65, "of 4 rows drew"),
+    (partial(draw_case, TINY, 4, "top 50"), torch_sampling, "choose", lambda ids: ids - 99, "4 of 4 rows")],
     ids=["attention", "product", "draws", "their draws"])
 def test_a_wrong_kernel_has_no_figures(monkeypatch, make, module, name, change, message):
     wrong(monkeypatch, module, name, change)
@@ -255,8 +263,8 @@ def test_logits_are_the_same_in_every_call(monkeypatch):
     right = sampling.sample
     monkeypatch.setattr(sampling, "sample", lambda logits, draws: seen.append(logits.clone()) or right(logits, draws))
     with running_cuda(Shim()):
-        gpu_kernels.measure(gpu_kernels.draw_case(gpu_kernels.TINY, 4, "all", "cpu"), FakeTimer(runs=False), TOPS)
-        case = gpu_kernels.draw_case(gpu_kernels.TINY, 4, "all", "cpu")
+        gpu_kernels.measure(draw_case(TINY, 4, "all", "cpu"), FakeTimer(runs=False), TOPS)
+        case = draw_case(TINY, 4, "all", "cpu")
         contestant = gpu_timing.Contestant("x", case.calls[OURS][0], TimesNothing(), case.setup)
         for _ in range(2):
             contestant.sample()
