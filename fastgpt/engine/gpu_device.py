@@ -1,5 +1,9 @@
 """What only a GPU can show: streams, pinned memory, events, graphs. Everything else of the runner also runs on CPU tensors."""
+import threading
+
 import torch
+
+_capturing = threading.Lock()  # one graph at a time in a process
 
 
 class CudaDevice:
@@ -7,6 +11,8 @@ class CudaDevice:
         if not torch.cuda.is_available():
             raise RuntimeError(f"device {name!r} was asked for, but PyTorch finds no CUDA device; `fastgpt info` says more")
         self.torch = torch.device(name if ":" in name else f"{name}:{torch.cuda.current_device()}")
+        if self.torch.index >= torch.cuda.device_count():
+            raise RuntimeError(f"device {name!r} was asked for, but PyTorch finds {torch.cuda.device_count()} CUDA devices")
         self._pool = None  # memory that all graphs share: they never run at once
 
     def upload(self, array):
@@ -28,7 +34,7 @@ class CudaDevice:
 
     def capture(self, forward):
         """A CUDA graph of a call: -> (its result, which each replay overwrites, a function that replays it)."""
-        with torch.cuda.device(self.torch):
+        with _capturing, torch.cuda.device(self.torch):
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):  # libraries and compilers take their memory now, not in the graph
@@ -36,7 +42,7 @@ class CudaDevice:
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # others may go on allocating
                 result = forward()
         return result, graph.replay
 

@@ -127,8 +127,9 @@ class GpuRunner:
         """(tokens, positions, starts of the sequences' rows, their lengths, tables: one int32 array; slots: int64), for M rows;
         rows and sequences that the step does not have are padding."""
         S = len(order) if M == len(step.tokens) else M
-        integers = np.zeros(2 * M + 2 * S + 1 + S * width, np.int32)
-        tokens, positions, starts, lengths, tables = np.split(integers, np.cumsum([M, M, S + 1, S]))
+        parts = _parts(M, S, width)
+        integers = np.zeros(parts[-1].stop, np.int32)
+        tokens, positions, starts, lengths, tables = (integers[part] for part in parts)
         tables = tables.reshape(S, width)
         slots = np.full(M, self._scratch_page * self.page_size, np.int64)
         tables[len(order):, 0], lengths[len(order):] = self._scratch_page, 1
@@ -148,7 +149,7 @@ class GpuRunner:
 
     def _views(self, integers, slots, M, S, width, context):
         """The parts of such arrays on the device, as a `Batch` of sequences with few tokens."""
-        tokens, positions, starts, lengths, tables = integers.split([M, M, S + 1, S, S * width])
+        tokens, positions, starts, lengths, tables = (integers[part] for part in _parts(M, S, width))
         decoding = Sequences(tables.view(S, width), starts, lengths, 1, context)
         return Batch(tokens, positions, slots, M, decoding, None, None)
 
@@ -162,8 +163,11 @@ class GpuRunner:
         def part(begin, end):
             if begin == end:
                 return None
-            return Sequences(all_of.tables[begin:end], all_of.query_starts[begin:end + 1] - (batch.few if begin else 0),
-                             all_of.context_lens[begin:end], int(counts[begin:end].max()), int(lengths[begin:end].max()))
+            tensors = (all_of.tables[begin:end], all_of.query_starts[begin:end + 1] - (batch.few if begin else 0),
+                       all_of.context_lens[begin:end])
+            if begin:  # Triton would compile anew for an address that is not a multiple of 16 bytes
+                tensors = (tensor.clone() for tensor in tensors)
+            return Sequences(*tensors, int(counts[begin:end].max()), int(lengths[begin:end].max()))
         batch.decoding, batch.prompts = part(0, short), part(short, len(counts))
 
     def _fill_in(self, integers, late, new_row, drawn):
@@ -215,3 +219,12 @@ class GpuRunner:
     def repeat(logits, counts):
         """Each row of logits as often as counts says."""
         return torch.cat([row.expand(count, -1) for row, count in zip(logits.split(1), counts)])
+
+
+def _parts(M, S, width):
+    """Where tokens, positions, starts, lengths and tables lie in an array: each from a multiple of 16 bytes on."""
+    parts, begin = [], 0
+    for size in (M, M, S + 1, S, S * width):
+        parts.append(slice(begin, begin + size))
+        begin += -(-size // 4) * 4
+    return parts
