@@ -30,9 +30,9 @@ X86_LEVEL_FLAGS = {
 # Strips the symbols and hides the C++ library's templates and the CUDA runtime from other extensions in the process.
 LINK_FLAGS = (["-Wl,-exported_symbol,_PyInit__C", "-Wl,-x"] if sys.platform == "darwin" else
               ["-Wl,--version-script=csrc/exports.map", "-s", "-pthread"])
-# Machine code for these, as far as nvcc knows them (8.6 and 8.9 run that of 8.0), and PTX of the last, from which
-# a driver makes the rest.
-CUDA_ARCHS = ("75", "80", "90", "100", "120")
+# Machine code for these, as far as nvcc knows them (8.6 and 8.9 run that of 8.0), and PTX of one and of the last,
+# from which a driver makes the rest.
+CUDA_ARCHS, PTX_ARCH = ("75", "80", "90", "100", "120"), "90"
 # The slowest first.
 SOURCES = [f"csrc/cpu/{name}.cpp" for name in (
     "engine_avx512_bf16", "engine_avx512_vnni", "engine_avx512", "engine_avx2", "engine_baseline", "level_avx512",
@@ -95,8 +95,8 @@ def cuda_flags(nvcc):
                             "with FASTGPT_BUILD=cpu, or with a newer CUDA toolkit")
     code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
     host = ["-ccbin", shlex.split(os.environ["CXX"])[-1]] if "CXX" in os.environ else []
-    return ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0", *host, *code,
-            f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    code += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in dict.fromkeys((PTX_ARCH, archs[-1])) if a in archs]
+    return ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "2", *host, *code]
 
 
 def cuda_link_flags(nvcc):

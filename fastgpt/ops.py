@@ -315,6 +315,8 @@ def store_kv(cache, k, v, block_tables, query_lens, context_lens):
     order.
     """
     _check_paged("store_kv", cache, k, block_tables, query_lens, context_lens)
+    _check_floating("store_kv", "v", v)
+    _check_same_device("store_kv", "v", v, k)
     _check(v.shape == k.shape and k.shape[1] == cache.v.shape[1],
            lambda: f"store_kv: k and v must have shape (N, {cache.v.shape[1]}, {cache.v.shape[3]}), got {tuple(k.shape)} "
                    f"and {tuple(v.shape)}")
@@ -326,7 +328,8 @@ def paged_attention(q, cache, block_tables, query_lens, context_lens, *, scale=N
 
     q (N, H, D): the last query_lens[s] tokens of each sequence, one sequence after another, whose keys are in the cache
     already; H a multiple of the cache's G heads. The other arguments are those of `store_kv` -> (N, H, D). scale: of the
-    scores, by default D ** -0.5. window: how many keys a query sees at most, its own and those before it. A row has the same bits for any pages, page size and split of its sequence into calls.
+    scores, by default D ** -0.5. window: how many keys a query sees at most, its own and those before it. On the CPU
+    a row has the same bits for any pages, page size and split of its sequence into calls.
     """
     _check_paged("paged_attention", cache, q, block_tables, query_lens, context_lens)
     G = cache.v.shape[1]
@@ -340,6 +343,9 @@ def _check_paged(op, cache, rows, block_tables, query_lens, context_lens):
     _check_floating(op, "q" if op == "paged_attention" else "k", rows)
     _check(cache.k.dtype == cache.v.dtype and (cache.k.dtype in paged.DTYPES or cache.k.dtype == torch.float64),
            lambda: f"{op}: cache must be of one dtype, a paged.DTYPES, got {cache.k.dtype} and {cache.v.dtype}")
+    for name in ("k", "v", "k_scale", "v_scale"):
+        if getattr(cache, name) is not None:
+            _check_same_device(op, f"cache.{name}", getattr(cache, name), rows)
     _check(all(t.device.type == "cpu" for t in (block_tables, query_lens, context_lens)),
            lambda: f"{op}: block_tables, query_lens and context_lens must be on the CPU")
     pages, _, page_size, D = cache.v.shape

@@ -56,7 +56,7 @@ class PagedCache:
         else:
             k = torch.empty(pages, heads, page_size // lanes, head_size, lanes, dtype=dtype, device=device)
             v = torch.empty(rows, dtype=dtype, device=device)
-        scales = (torch.empty(rows[:3], device=device) for _ in range(2)) if dtype in LARGEST else ()
+        scales = (torch.empty(rows[:3], dtype=torch.float32, device=device) for _ in range(2)) if dtype in LARGEST else ()
         return cls(k, v, *scales)
 
     @property

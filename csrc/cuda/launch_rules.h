@@ -18,10 +18,12 @@ inline int64_t rows_of_block(int64_t max_query, int64_t group) { return max_quer
 inline int64_t head_class(int64_t D) { return D <= 64 ? 64 : D <= 128 ? 128 : 256; }
 
 // How many chunks of keys one block walks over. A block's copies go on across the chunks, so longer walks keep more of
-// them under way; but there should be 8 blocks for each processor before they grow longer.
+// them under way; but there should be 8 blocks for each processor before they grow longer. No longer than kLongestWalk: in a
+// graph `chunks` is the longest context, and most sequences are shorter.
+constexpr int64_t kLongestWalk = 4;
 inline int64_t chunks_of_block(int64_t blocks_of_chunk, int64_t chunks, int64_t processors) {
   int64_t walk = 1;
-  while (walk < chunks && blocks_of_chunk * ceil_div(chunks, walk) > 8 * processors) walk *= 2;
+  while (walk < chunks && walk < kLongestWalk && blocks_of_chunk * ceil_div(chunks, walk) > 8 * processors) walk *= 2;
   return walk;
 }
 

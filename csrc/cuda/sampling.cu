@@ -234,7 +234,7 @@ __device__ __forceinline__ int draw(const float* x, int V, float top_p, float mi
     __syncthreads();
     total = 0;
     for (int w = 0; w < (int)blockDim.x / 32; w++) total += shared.sums[w];
-    const Sum least = (Sum)ceil((double)top_p * (double)total);
+    const Sum share = (Sum)ceil((double)top_p * (double)total), least = share ? share : 1;  // 0: a top_p below floats
     const Cut cut = find_cut(V, [&](int id) { return weight_key(x[id]); }, [&](int id) { return integer(x[id]); }, least,
                              shared);
     cut_key = cut.key;

@@ -9,7 +9,7 @@ import torch
 from fastgpt.autograd.tensors import MAX_HEAD_SIZE
 from fastgpt.cuda import launch
 from fastgpt.cuda.paged import paged_attention, store_kv
-from fastgpt.extension import MISSING
+from fastgpt.extension import _C, MISSING
 
 KERNELS = {"store_kv": store_kv, "paged_attention": paged_attention}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -20,7 +20,8 @@ devices = ["cuda"]
 def missing(index):
     """Why the kernels can't run on the GPU of this index (None: the current one), or None."""
     if launch.executor.library is None:
-        return MISSING or "this build of the extension has no CUDA part"
+        return MISSING or ("this build of the extension has no CUDA part: install it again with FASTGPT_BUILD=cuda where nvcc "
+                           "is")
     return _missing_device(index)
 
 
@@ -28,6 +29,9 @@ def missing(index):
 def _missing_device(index):
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device"
+    reason = _C.cuda_devices()[1]
+    if reason:  # its CUDA runtime is not PyTorch's, and may want a newer driver
+        return reason
     capability = torch.cuda.get_device_capability(index)
     if capability < MIN_CAPABILITY:
         return "the CUDA kernels need compute capability 7.5, the device has {}.{}".format(*capability)

@@ -3,11 +3,15 @@ from dataclasses import dataclass
 
 import torch
 
+from fastgpt import kernels
+from fastgpt.autograd.tensors import MAX_HEAD_SIZE
 from fastgpt.cuda import launch
 from fastgpt.cuda.launch import DTYPES, pointer, rows, run
-from fastgpt.paged import LARGEST
+from fastgpt.paged import LARGEST, LOAD_BYTES
 
 MOST_DECODE_ROWS = 16  # tokens of a sequence that the split kernel takes; more are a prefill
+MOST_SEQUENCES = 65535  # blocks of a grid's last dimension
+LARGEST_PAGE = 1024  # tokens, likewise
 LONGEST = 2 ** 22  # keys of a sequence: what csrc/cuda/launch_rules.h's reciprocal divides exactly
 
 
@@ -53,13 +57,25 @@ def attend(q, cache, sequences, *, scale=None, window=0, out=None):
     of = _cache(cache)
     if sequences.max_context > LONGEST:
         raise ValueError(f"paged_attention: sequences of up to {LONGEST} keys, got {sequences.max_context}")
-    partial = torch.empty(launch.executor.library.partial_floats(N, H, D, sequences.max_context), device=q.device)
+    if D > MAX_HEAD_SIZE or len(sequences.tables) > MOST_SEQUENCES:
+        raise ValueError(f"paged_attention: heads of up to {MAX_HEAD_SIZE} and {MOST_SEQUENCES} sequences, got {D} and "
+                         f"{len(sequences.tables)}")
+    floats = launch.executor.library.partial_floats(N, H, D, sequences.max_context)
+    partial = torch.empty(floats, dtype=torch.float32, device=q.device)
     tables = sequences.tables
     run("paged_attention", q.device, of, rows(q), rows(out),
         (pointer(tables), pointer(sequences.query_starts), pointer(sequences.context_lens), tables.stride(0), len(tables),
          sequences.max_query, sequences.max_context),
         H, D ** -0.5 if scale is None else scale, window, pointer(partial), launch.executor.processors(q.device))
     return out
+
+
+def prefill(q, cache, sequences, *, scale=None, window=0, out=None):
+    """The same of many tokens a sequence, by the Triton kernel that tiles them."""
+    from fastgpt.kernels import paged_attention as triton_kernel
+    s = sequences
+    return triton_kernel.prefill(q, cache.k.squeeze(-1), cache.v, cache.k_scale, cache.v_scale, s.tables, s.query_starts,
+                                 s.context_lens, s.max_query, scale=scale, window=window, out=out)
 
 
 def store_kv(cache, k, v, block_tables, query_lens, context_lens):
@@ -70,7 +86,8 @@ def paged_attention(q, cache, block_tables, query_lens, context_lens, *, scale=N
     sequences = Sequences.of(block_tables, query_lens, context_lens, q.device)
     if not len(q):
         return torch.empty_like(q)
-    return attend(q, cache, sequences, scale=scale, window=window or 0)
+    long = sequences.max_query > MOST_DECODE_ROWS and kernels.missing(q.device.index) is None
+    return (prefill if long else attend)(q, cache, sequences, scale=scale, window=window or 0)
 
 
 def _head_rows(x):
@@ -81,9 +98,15 @@ def _head_rows(x):
 def _cache(cache):
     """csrc/cuda/kernels.h's PagedCache."""
     pages, G, page_size, D = cache.v.shape
-    row = cache.v.stride(2)
+    row, size = cache.v.stride(2), cache.v.element_size()
     expected = (G * page_size * row, page_size * row, row)
-    if cache.v.stride()[:3] != expected or cache.k.stride()[:3] != expected or row * cache.v.element_size() % 16:
-        raise ValueError("a PagedCache's k and v must be as PagedCache.empty makes them: rows of whole 16 bytes, side by side")
+    scales = [x for x in (cache.k_scale, cache.v_scale) if x is not None]
+    if (cache.v.stride()[:3] != expected or cache.k.stride()[:3] != expected or cache.v.stride(3) != 1 or cache.k.stride(3) != 1
+            or row * size % LOAD_BYTES or (cache.k.data_ptr() | cache.v.data_ptr()) % LOAD_BYTES
+            or not all(x.is_contiguous() and x.dtype == torch.float32 for x in scales)):
+        raise ValueError("a PagedCache must be as PagedCache.empty makes it: aligned rows of whole 16 bytes, side by side, and "
+                         "contiguous scales in float32")
+    if page_size > LARGEST_PAGE:
+        raise ValueError(f"a PagedCache on a GPU has pages of up to {LARGEST_PAGE} tokens, got {page_size}")
     return (DTYPES[cache.v.dtype], pointer(cache.k), pointer(cache.v), pointer(cache.k_scale), pointer(cache.v_scale), pages,
             page_size, G, D, row)

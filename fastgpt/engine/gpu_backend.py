@@ -4,7 +4,9 @@ from dataclasses import dataclass
 import torch
 
 from fastgpt import cuda, kernels
+from fastgpt.autograd.tensors import MAX_HEAD_SIZE
 from fastgpt.config import check_int
+from fastgpt.cuda.sampling import MOST_VOCABULARY
 from fastgpt.engine import gpu_device
 from fastgpt.engine.backends import LARGEST_PAGE
 from fastgpt.engine.gpu_runner import CACHE_DTYPES, GpuRunner
@@ -25,6 +27,15 @@ class UnderWay:
     reported: list
 
 
+def too_large(config):
+    """Why the kernels can't take a model of this config, or None."""
+    if config.n_embd // config.n_head > MAX_HEAD_SIZE:
+        return f"the kernels take heads of up to {MAX_HEAD_SIZE}, not {config.n_embd // config.n_head}"
+    if config.vocab_size > MOST_VOCABULARY:
+        return f"the kernels take vocabularies of up to {MOST_VOCABULARY}, not {config.vocab_size}"
+    return None
+
+
 class GpuBackend:
     out_of_memory = (torch.OutOfMemoryError,)
 
@@ -40,7 +51,11 @@ class GpuBackend:
         return check_int("page_size", wanted, 1, LARGEST_PAGE)
 
     def weights(self, config, tensors, dtype):
-        return GpuWeights(config, tensors, dtype, self.device.torch, self.shared)
+        refusal = too_large(config)
+        if refusal:
+            raise ValueError(f"device \"cuda\": {refusal}")
+        with self.device.turn():  # what the engine's stream uses is given back to it alone
+            return GpuWeights(config, tensors, dtype, self.device.torch, self.shared)
 
     def cache_dtype(self, weights, wanted):
         chosen = wanted or str(weights.compute).removeprefix("torch.")
@@ -53,7 +68,8 @@ class GpuBackend:
         return max(weights.config.block_size, min(CONTEXTS * weights.config.block_size, room))
 
     def runner(self, weights, num_pages, page_size, cache_dtype):
-        return GpuRunner(weights, num_pages, page_size, cache_dtype, self.device)
+        with self.device.turn():
+            return GpuRunner(weights, num_pages, page_size, cache_dtype, self.device)
 
     def advance(self, llm, scheduler, endings, under_way):
         """Starts a step, then takes in the tokens of the one before: -> ([(sequence, its new token)], what is under way)."""
@@ -66,6 +82,10 @@ class GpuBackend:
         return made, started
 
     def _start(self, llm, scheduler, under_way):
+        with self.device.turn():
+            return self._start_here(llm, scheduler, under_way)
+
+    def _start_here(self, llm, scheduler, under_way):
         step = scheduler.plan()
         if step is None:
             return None
@@ -79,10 +99,10 @@ class GpuBackend:
             sequence.await_token(number)
         return UnderWay(ready, tokens, self.device.download(tokens), reported)
 
-    @staticmethod
-    def _finish(llm, scheduler, endings, step):
+    def _finish(self, llm, scheduler, endings, step):
         """Sequences that ended with the token before have drawn one too many."""
         tokens = step.wait()
         going_on = [(s, token) for s, token in zip(step.ready, tokens) if s.finish_reason is None]
-        reported = [(s, row.cpu().numpy()) for s, row in step.reported if s.finish_reason is None]
+        with self.device.turn():
+            reported = [(s, row.cpu().numpy()) for s, row in step.reported if s.finish_reason is None]
         return llm.push(scheduler, endings, *(map(list, zip(*going_on)) if going_on else ([], [])), reported)

@@ -4,6 +4,7 @@ A step's sequences are put in order: those with few tokens first, whose attentio
 prompts, whose attention is tiled (fastgpt/kernels). A step that only decodes runs as a CUDA graph for the next larger of
 a ladder of batch sizes; its spare rows decode token 0 into a page that no sequence has.
 """
+import contextlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,8 +48,9 @@ class GpuRunner:
         dtype, layers = CACHE_DTYPES[cache_dtype], config.n_layer
         pages = (layers, 2, num_pages + 1, self.H, page_size)
         self._pages = torch.zeros(*pages, row_size(self.D, dtype), dtype=dtype, device=device.torch)
-        self._scales = torch.zeros(pages, device=device.torch) if dtype in LARGEST else None
+        self._scales = torch.zeros(pages, dtype=torch.float32, device=device.torch) if dtype in LARGEST else None
         self._caches = [self._cache(layer) for layer in range(layers)]
+        self._pool = device.new_pool()
         self._graphs = {}  # batch size -> (static inputs, logits, replay)
         self._table_width = -(-config.block_size // page_size)
 
@@ -75,12 +77,18 @@ class GpuRunner:
                 page_bytes = tensor.stride(2) * tensor.element_size()
                 run("copy_pages", tensor.device, pointer(tensor), count, stride, page_bytes, pointer(pairs), len(copies))
 
+    @contextlib.contextmanager
+    def _alone(self):
+        """Within this context nothing that the caller has switched on changes what is computed."""
+        with self.device.turn(), torch.inference_mode(), torch.autocast(self.device.torch.type, enabled=False):
+            yield
+
     # ---- a step
 
     def step(self, step, logits=None, drawn=None):
         """Runs a scheduler's `Step`: -> the logits (L, V) of its wanted rows, float32 on the device, which the next step may
         overwrite; copied into `logits`, an array, where that is given. drawn: the tokens that the step before drew."""
-        with torch.inference_mode():
+        with self._alone():
             if len(step.tokens) == len(step.places) == len(step.wanted) and len(step.places) <= LADDER[-1]:
                 found = self._decode(step, drawn)
             else:
@@ -97,7 +105,7 @@ class GpuRunner:
         if size not in self._graphs:
             static = self.device.upload(integers), self.device.upload(slots)
             batch = self._views(*static, size, size, self._table_width, self.weights.config.block_size)
-            self._graphs[size] = static, *self.device.capture(lambda: self._forward(batch))
+            self._graphs[size] = static, *self.device.capture(lambda: self._forward(batch), self._pool)
         static, logits, replay = self._graphs[size]
         static[0].copy_(self.device.upload(integers), non_blocking=True)
         static[1].copy_(self.device.upload(slots), non_blocking=True)
@@ -133,18 +141,18 @@ class GpuRunner:
         tables = tables.reshape(S, width)
         slots = np.full(M, self._scratch_page * self.page_size, np.int64)
         tables[len(order):, 0], lengths[len(order):] = self._scratch_page, 1
-        row = 0
-        for s, i in enumerate(order):
-            first, count, position = step.places[i]
-            at, pages = np.arange(position, position + count), step.tables[i]
-            used = -(-(position + count) // self.page_size)
-            tables[s, :used] = pages[:used]
-            tokens[row:row + count] = np.maximum(step.tokens[first:first + count], 0)  # -1: still on its way
-            positions[row:row + count] = at
-            slots[row:row + count] = pages[at // self.page_size].astype(np.int64) * self.page_size + at % self.page_size
-            lengths[s], row = position + count, row + count
-            starts[s + 1] = row
-        starts[len(order) + 1:] = np.arange(row + 1, row + 1 + S - len(order))
+        places, rows = step.places[order], len(step.tokens)
+        counts, begins = places[:, 1], places[:, 2]
+        starts[1:len(order) + 1] = counts.cumsum()
+        starts[len(order) + 1:] = np.arange(rows + 1, rows + 1 + S - len(order))
+        lengths[:len(order)] = begins + counts
+        for s, (i, used) in enumerate(zip(order, (-(-lengths[:len(order)] // self.page_size)).tolist())):
+            tables[s, :used] = step.tables[i][:used]
+        sequence = np.repeat(np.arange(len(order)), counts)  # of each row
+        place = np.arange(rows) - starts[sequence]  # within its sequence's tokens
+        tokens[:rows] = np.maximum(step.tokens[places[sequence, 0] + place], 0)  # -1: still on its way
+        positions[:rows] = at = begins[sequence] + place
+        slots[:rows] = tables[sequence, at // self.page_size].astype(np.int64) * self.page_size + at % self.page_size
         return integers, slots
 
     def _views(self, integers, slots, M, S, width, context):
@@ -199,10 +207,7 @@ class GpuRunner:
         if batch.decoding is not None:
             cuda_paged.attend(q[:few], cache, batch.decoding, scale=scale, out=out[:few])
         if batch.prompts is not None:
-            from fastgpt.kernels.paged_attention import prefill
-            s = batch.prompts
-            prefill(q[few:], cache.k.squeeze(-1), cache.v, cache.k_scale, cache.v_scale, s.tables, s.query_starts,
-                    s.context_lens, s.max_query, scale=scale, out=out[few:])
+            cuda_paged.prefill(q[few:], cache, batch.prompts, scale=scale, out=out[few:])
         return out.view(len(q), -1)
 
     # ---- what is drawn
@@ -210,7 +215,7 @@ class GpuRunner:
     def draw(self, logits, ready, known):
         """The next token of each sequence from logits (R, V), of which the first `known` ids count: -> (R,) int32 on the
         device."""
-        with torch.inference_mode():
+        with self._alone():
             drawn = [Row(s.request.params, s.request.seed, s.sample, s.drawn_length, s.ids[:s.length], len(s.request.prompt))
                      for s in ready]
             return sample(logits[:, :known], draws_of(drawn, logits.device))

@@ -41,11 +41,11 @@ class GpuWeights:
     """
 
     def __init__(self, config, tensors, dtype, device, shared=False):
-        dtype = dtype or str(half_dtype(device)).removeprefix("torch.")
+        dtype = dtype or "bfloat16"
         if dtype not in DTYPES and dtype not in FEW_BITS:
             raise ValueError(f"dtype must be one of {', '.join((*DTYPES, *FEW_BITS))} on a GPU, got {dtype!r}")
         self.config, self.dtype, self.device, self._tensors, self._shared = config, dtype, device, tensors, shared
-        self.compute = DTYPES.get(dtype) or half_dtype(device)
+        self.compute = DTYPES.get(dtype, torch.bfloat16)
         self.embedding, self.positions = self._tensor(EMBEDDING), self._tensor(POSITIONS)
         self.ln_f = self._norm("transformer.ln_f")
         self.layers = [self._layer(f"transformer.h.{i}") for i in range(config.n_layer)]
@@ -83,9 +83,3 @@ class GpuWeights:
         else:
             tensor = torch.from_numpy(array)
         return tensor.to(self.device, self.compute).contiguous()
-
-
-def half_dtype(device):
-    """bfloat16, or float16 on a GPU that has no products of bfloat16."""
-    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
-    return torch.float16 if old else torch.bfloat16

@@ -50,6 +50,9 @@ def why_not(model, prompts=(), params=None):
     if kind == "cuda":
         if cuda.missing(weight.device.index):
             return cuda.missing(weight.device.index)
+        from fastgpt.engine.gpu_backend import too_large
+        if too_large(model.config):
+            return too_large(model.config)
         if not all(p.is_contiguous() for p in model.parameters()):
             return "its weights are not contiguous"
     if torch.is_autocast_enabled(kind):
@@ -153,11 +156,11 @@ class _Engine(LLM):
 
 def _counts(sequences, V):
     """How often each sequence has got each id, -1 for those of its prompt alone: (R, V)."""
-    counts = torch.zeros(len(sequences), V, dtype=torch.int32)
+    counts = torch.zeros(len(sequences), V, dtype=torch.int32, device="cpu")
     for row, sequence in zip(counts, sequences):
-        prompt = torch.tensor(sequence.request.prompt)
+        prompt = torch.tensor(sequence.request.prompt, device="cpu")
         row[prompt[prompt < V]] = -1
-        new = torch.bincount(torch.tensor(sequence.new_ids, dtype=torch.int64), minlength=V)[:V]
+        new = torch.bincount(torch.tensor(sequence.new_ids, dtype=torch.int64, device="cpu"), minlength=V)[:V]
         row[new > 0] = new[new > 0].int()
     return counts
 

@@ -60,7 +60,7 @@ class LLM:
     that `GPT.from_pretrained` takes, or a `fastgpt.GPT`, whose weights are copied.
     device: "cpu", or "cuda" or "cuda:1" for an NVIDIA GPU.
     dtype: of the weights: "float32", "bfloat16", "int8" (a scale for each output) or "int4" (a scale for each 32 weights), and on
-    a GPU "float16". By default float32 on the CPU, on a GPU bfloat16, or float16 where it has no products of bfloat16.
+    a GPU "float16". By default float32 on the CPU, bfloat16 on a GPU.
     threads: of this engine's steps on the CPU; None for `fastgpt.get_num_threads()`.
     kv_cache_tokens: how many tokens' keys and values fit, on the CPU by default those of 16 full contexts, and memory is
     taken as it is used; on a GPU those of 256, or as many as 80 % of its free memory hold. page_size: tokens of a page, on

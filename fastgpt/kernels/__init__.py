@@ -46,7 +46,16 @@ def _missing(index):
 
 def load():
     """Imports the kernels, and with them triton."""
-    from fastgpt.kernels import attention, attention_backward, cross_entropy, gelu, layer_norm, linear, paged_attention, reduce
+    from fastgpt.kernels import (
+        attention,
+        attention_backward,
+        cross_entropy,
+        gelu,
+        layer_norm,
+        linear,
+        paged_attention,
+        reduce,
+    )
     MODULES[:] = [attention, attention_backward, cross_entropy, gelu, layer_norm, paged_attention, reduce]
     KERNELS.update(layer_norm=layer_norm.layer_norm, add_layer_norm=layer_norm.add_layer_norm, gelu=gelu.gelu,
                    bias_gelu=gelu.bias_gelu, linear=linear.linear, attention=attention.attention,

@@ -112,6 +112,7 @@ def _attend(acc, weight_sum, top, q, K, V, K_SCALE, V_SCALE, TABLE, begin, end, 
     K_OTHER: tl.constexpr = 0 if QUANTISED else float("nan")
     if not MASKED:
         next_page = _load_page(TABLE, begin, S, PAGE_SIZE, BLOCK_N)
+    # One stage with masks: copies ahead, for a tile or two, would take registers from the other loop
     for start in tl.range(begin, end, BLOCK_N, num_stages=1 if MASKED else None):
         keys = start + tl.arange(0, BLOCK_N)
         if MASKED:
@@ -219,7 +220,7 @@ def prefill(q, k, v, k_scale, v_scale, block_tables, query_starts, context_lens,
             out=None):
     """Causal attention of the last queries of sequences whose keys and values are in a paged cache -> out (N, H, D).
 
-    q (N, H, D), its rows contiguous: those of sequence s are query_starts[s] .. query_starts[s + 1] - 1, max_query at most.
+    q (N, H, D), out likewise, their rows contiguous: those of sequence s are query_starts[s] .. query_starts[s + 1] - 1, max_query at most.
     k, v (pages, G, page_size, D) of one dtype and strides, rows contiguous, of any floating dtype, or int8 or float8_e4m3fn
     with scales (pages, G, page_size); behind D, up to a multiple of 16 bytes, a row may be longer, by zeros. block_tables
     (S, P), query_starts (S + 1,), context_lens (S,): int32, on q's device, where alone they are read. scale: of the scores,
@@ -235,17 +236,17 @@ def prefill(q, k, v, k_scale, v_scale, block_tables, query_starts, context_lens,
     if not pages or not capacity:
         return out.fill_(float("nan"))
     float8, quantised = k.dtype == torch.float8_e4m3fn, k_scale is not None
-    k, v = (_padded(x, D) for x in (k, v))
     unit = FLOAT8_UNIT if float8 else 1
+    k, v = (_padded(x, D) for x in (k, v))
+    scale_page, scale_head = k_scale.stride()[:2] if quantised else (0, 0)
     block_m, block_n, options = prefill_config(architecture(q.device), q.dtype, block_d(D), window > 0, quantised)
     launch(paged_prefill_kernel, len(context_lens) * H * triton.cdiv(max_query, block_m),
            (q, k, v, out, k_scale, v_scale, block_tables, query_starts, context_lens, *q.stride()[:2], *out.stride()[:2],
             block_tables.stride(0), H, max_query, capacity, pages, positive_scale(scale * unit), window),
            {"GROUP": H // G, "WINDOW": window > 0, "QUANTISED": quantised, "FLOAT8": float8, "UNIT": unit,
             "NEGATIVE": scale < 0, "D": D, "PAGE_SIZE": page_size, "PAGE_STRIDE": k.stride(0), "HEAD_STRIDE": k.stride(1),
-            "ROW": k.stride(2), "WIDTH": k.shape[3], "SCALE_PAGE": k_scale.stride(0) if quantised else 0,
-            "SCALE_HEAD": k_scale.stride(1) if quantised else 0, "BLOCK_D": block_d(D), "BLOCK_M": block_m,
-            "BLOCK_N": block_n, "PRECISION": precision(q.dtype)}, **options)
+            "ROW": k.stride(2), "WIDTH": k.shape[3], "SCALE_PAGE": scale_page, "SCALE_HEAD": scale_head, "BLOCK_D": block_d(D),
+            "BLOCK_M": block_m, "BLOCK_N": block_n, "PRECISION": precision(q.dtype)}, **options)
     return out
 
 

@@ -100,17 +100,14 @@ PREFILL = {
 def prefill_config(arch, dtype, width, window, quantised):
     """(BLOCK_M, BLOCK_N, options) for heads whose tiles are `width` wide. The same for all lengths and page sizes, on which a
     row's bits must not depend."""
-    if dtype.itemsize == 4:
-        kinds = ["float32"]
-    else:
-        kinds = ["quantised"] * quantised + ["window"] * window + ["plain"]
-    known = arch
-    while known:
-        for kind in kinds:
+    kinds = ["float32"] if dtype.itemsize == 4 else ["quantised"] * quantised + ["window"] * window + ["plain"]
+    for kind in kinds:
+        known = arch
+        while known:
             if width in PREFILL.get((kind, known), {}):
                 block_m, block_n, num_warps, num_stages = PREFILL[kind, known][width]
                 return block_m, block_n, {"num_warps": num_warps, "num_stages": num_stages}
-        known = PARENT.get(known)
+            known = PARENT.get(known)
 
 
 CROSS_ENTROPY_BLOCK, CROSS_ENTROPY_WARPS = 4096, 8  # 16 elements a thread: two 16-byte loads of a 16-bit dtype

@@ -38,6 +38,10 @@ def cuda(name, source, old, new, tests, file="paged"):
     return Mutation(name, f"csrc/cuda/{source}", old, new, tests, (f"tests/gpusim/test_cuda_{file}.py",))
 
 
+def prefill(name, old, new, tests):
+    return Mutation(name, "fastgpt/kernels/paged_attention.py", old, new, tests, ("tests/gpusim/test_paged_prefill.py",))
+
+
 INTERPRETED, COMPILED = "interpreted and ", "test_compiled and "
 MUTATIONS = [
     kernel("the sum is not rescaled", "attention", "weight_sum * rescale + tl.sum", "weight_sum + tl.sum",
@@ -106,6 +110,13 @@ MUTATIONS = [
                  COMPILED + "add_layer_norm-bfloat16-80", 0),
     machine_code("a product not waited for, sm_90", r"wgmma\.wait_group\.sync\.aligned\s+0;", "",
                  COMPILED + "attention-bfloat16-90", 0),
+    prefill("pages at offsets of 32 bits", "X += page.to(tl.int64) * PAGE_STRIDE", "X += page * PAGE_STRIDE", "32_bits"),
+    prefill("pages that do not exist", "outer = tl.where(_largest_page(TABLE, inner, outer, PAGE_SIZE) >= pages, inner, outer)",
+            "outer = outer", "does_not_exist and not compiled"),
+    prefill("weights too small for float16", "            base -= WEIGHT_BITS\n", "            base -= 0\n",
+            "interpreted and float16 and int8"),
+    prefill("the page of the tile before", "_load_page(TABLE, start + BLOCK_N, S,", "_load_page(TABLE, start, S,", "interpreted"),
+    prefill("a row behind the table", "- T < capacity, factor", "- T <= capacity, factor", "behind_the_table"),
     cuda("a key's place in its page", "store_kv.cu", "+ slot % cache.page_size;", "+ (slot + 1) % cache.page_size;", "stores"),
     cuda("a scale of a part of the row", "store_kv.cu", "d < D; d += 32", "d < D; d += 33", "stores"),
     cuda("keys in the place of values", "store_kv.cu", "(const S*)a.v + n", "(const S*)a.k + n", "stores"),

@@ -23,7 +23,13 @@ class PlainDevice:
         host = tensor.clone()  # what is there now: a replay may overwrite it
         return host.tolist
 
-    def capture(self, forward):
+    def turn(self):
+        return contextlib.nullcontext()
+
+    def new_pool(self):
+        return None
+
+    def capture(self, forward, pool):
         result = forward()
         PlainDevice.captures += 1
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from cuda_executors import Shim, on_gpu, running_cuda
 from numerics import assert_accurate
+from versions import simulable
 
 from fastgpt import ops, reference
 from fastgpt.cuda import launch, paged
@@ -222,8 +223,57 @@ def test_launch_rules(shim):
     # A block walks over more chunks only while 8 blocks a processor remain, and never over more than there are, twice
     for blocks, chunks, processors in ((12, 4, 132), (12 * 64, 4, 132), (12 * 256, 4, 132), (10 ** 6, 100, 1), (1, 1, 1)):
         walk = rules.chunks_of_block(blocks, chunks, processors)
-        assert walk < 2 * chunks and walk & (walk - 1) == 0
+        assert walk < 2 * chunks and walk in (1, 2, 4)
         assert walk == 1 or blocks * -(-chunks // (walk // 2)) > 8 * processors
-        assert walk >= chunks or blocks * -(-chunks // walk) <= 8 * processors
+        assert walk in (4, chunks) or blocks * -(-chunks // walk) <= 8 * processors
     assert rules.partial_floats(3, 4, 64, rules.CHUNK) == 0
     assert rules.partial_floats(3, 4, 64, rules.CHUNK + 1) == 3 * 4 * 2 * 66
+
+
+@pytest.mark.skipif(not simulable(), reason="needs the triton that the interpreter knows")
+def test_the_op_tiles_long_prompts(monkeypatch):
+    """By the Triton kernel, where there is one: beside sequences of one token, too."""
+    from executors import Interpreter, running
+    tiled = []
+    monkeypatch.setattr(paged, "prefill", lambda *args, prefill=paged.prefill, **options: tiled.append(1) or prefill(*args, **options))
+    with running(Interpreter()), running_cuda(Shim()):
+        case = Case(lens=[(paged.MOST_DECODE_ROWS + 1, 40), (1, 9)]).store()
+        found = ops.paged_attention(case.q, case.cache, case.tables.clamp(min=0), case.query_lens, case.context_lens)
+    assert tiled
+    assert_accurate("paged attention", found, case.truth(), case.truth(torch.float32).bfloat16())
+
+
+def test_caches_that_the_kernels_would_misread(cuda):
+    """Each would be read or written outside of its memory, or shifted."""
+    def refused(change, match):
+        case = Case(cache=torch.int8, D=16)
+        change(case.cache)
+        with pytest.raises(ValueError, match=match):
+            paged.write(case.cache, *case.new, torch.arange(len(case.new[0])))
+
+    refused(lambda c: setattr(c, "k_scale", c.k_scale.half()), "float32")
+    refused(lambda c: setattr(c, "v", torch.zeros(*c.v.shape[:3], 32, dtype=torch.int8)[..., ::2]), "side by side")
+    refused(lambda c: setattr(c, "v", torch.zeros(c.v.numel() + 1, dtype=torch.int8)[1:].view(c.v.shape)), "aligned")
+    cache = PagedCache.empty(1, 1, 2048, 16, lanes=1)
+    with pytest.raises(ValueError, match="1024"):
+        paged.write(cache, *torch.zeros(2, 1, 1, 16), torch.tensor([0]))
+    with pytest.raises(ValueError, match="heads of up to 256"):
+        cache, q = PagedCache.empty(1, 1, 16, 264, lanes=1), torch.zeros(1, 1, 264)
+        paged.attend(q, cache, paged.Sequences.of(torch.zeros(1, 1, dtype=torch.int32), *[torch.ones(1, dtype=int)] * 2, q.device))
+    case = Case()
+    for name, tensor in (("v", case.new[1].to("meta")), ("cache.k", None)):
+        if tensor is None:
+            case.cache.k = case.cache.k.to("meta")
+        with pytest.raises(ValueError, match=f"{name} is on"):
+            ops.store_kv(case.cache, case.new[0], case.new[1] if tensor is None else tensor, case.tables.clamp(min=0),
+                         case.query_lens, case.context_lens)
+
+
+def test_the_default_dtype_is_not_asked(cuda):
+    torch.set_default_dtype(torch.float16)
+    try:
+        case = Case(cache=torch.int8, dtype=torch.float32, lens=[(1, 600)])
+        assert case.cache.k_scale.dtype == torch.float32
+        case.store().check()
+    finally:
+        torch.set_default_dtype(torch.float32)

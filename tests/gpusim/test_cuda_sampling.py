@@ -139,7 +139,7 @@ def test_tokens_of_probability_zero_are_never_drawn(cuda):
 
 
 def test_extreme_parameters(cuda):
-    kinds = [*({"temperature": t, "top_p": 0.95} for t in (1e-5, 1e-3, 100.0, 1e30)), {"top_p": 1e-30}, {"top_p": 1 - 1e-7},
+    kinds = [*({"temperature": t, "top_p": 0.95} for t in (1e-5, 1e-3, 100.0, 1e30)), {"top_p": 1e-30}, {"top_p": 1e-50}, {"top_p": 1 - 1e-7},
              {"top_k": 2 ** 31 - 1}, {"min_p": 1e-30}, {"repetition_penalty": 1e30}, {"presence_penalty": -1e30}]
     for kind in kinds:
         check(some_logits(16, 500) * 10, rows_of(SamplingParams(**kind), 500, 16))

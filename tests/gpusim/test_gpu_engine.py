@@ -181,3 +181,20 @@ def test_a_model_draws_by_pytorchs_generator(gpu, monkeypatch):
     monkeypatch.setattr(in_model, "KERNELS", {"cuda": "triton"})
     torch.manual_seed(5)
     assert torch.equal(own.generate(text, 8, top_k=9), expected)
+
+
+def test_sizes_that_the_kernels_lack_are_refused(gpu, monkeypatch):
+    wide = small_model(n_head=1, n_embd=320)
+    with pytest.raises(ValueError, match="heads of up to 256, not 320"):
+        gpu_llm(wide)
+    monkeypatch.setattr(in_model, "device_of", lambda model: "cuda")
+    monkeypatch.setattr(in_model, "KERNELS", {"cuda": "triton"})
+    assert "heads of up to 256" in in_model.why_not(wide)
+
+
+def test_what_the_caller_switched_on_changes_nothing(gpu, model):
+    text = prompts(12, (20,))[0]
+    llm = gpu_llm(model)
+    expected = llm.logits(text)
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_array_equal(llm.logits(text), expected)

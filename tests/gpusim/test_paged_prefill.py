@@ -16,7 +16,7 @@ from fastgpt.paged import PagedCache
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LENS = [(70, 70), (1, 1), (5, 133), (0, 40), (33, 150)]  # (queries, keys): a whole prompt, a token, parts behind a prefix
-SHORT = [(1, 1), (67, 70)]
+SHORT = [(1, 1), (67, 230)]  # tiles before the diagonal of any width
 ALL_NEW = [(n, n) for _, n in LENS]
 
 
@@ -52,16 +52,14 @@ class Case:
         return prefill(self.q, self.cache.k[..., 0], self.cache.v, self.cache.k_scale, self.cache.v_scale, tables, starts,
                        self.context_lens.int(), most, **given)
 
-    def expected(self, dtype):
-        cache = PagedCache(*(t if t is None else t.to(dtype) for t in (self.cache.k, self.cache.v, self.cache.k_scale,
-                                                                      self.cache.v_scale)))
-        return reference.paged_attention(self.q.to(dtype), cache, self.tables, torch.tensor(self.queries), self.context_lens,
+    def expected(self, q, cache):
+        return reference.paged_attention(q, cache, self.tables, torch.tensor(self.queries), self.context_lens,
                                          scale=self.scale, window=self.window or None)
 
     def check(self):
-        dtype = self.q.dtype
-        assert_accurate("prefill", self.run(), self.expected(torch.float64), self.expected(dtype),
-                        unit=THREE_TF32 if dtype == torch.float32 else None)
+        wide = PagedCache(*(t if t is None else t.double() for t in vars(self.cache).values()))
+        assert_accurate("prefill", self.run(), self.expected(self.q.double(), wide), self.expected(self.q, self.cache),
+                        unit=THREE_TF32 if self.q.dtype == torch.float32 else None)
 
 
 def named(name):
@@ -91,7 +89,7 @@ INTERPRETED = [
     ("float32", "float8", 256, 59, (2, 1), {"window": 20}),
 ]
 COMPILED = [
-    ("bfloat16", "bfloat16", 64, 80, (2, 1), {"window": 20}, 80),
+    ("bfloat16", "bfloat16", 64, 80, (2, 1), {"window": 180}, 80),
     ("bfloat16", "bfloat16", 64, 64, (2, 1), {}, 90),
     ("bfloat16", "bfloat16", 16, 24, (2, 1), {}, 80),
     ("float16", "int8", 24, 24, (2, 1), {}, 90),
@@ -191,7 +189,7 @@ def test_keys_behind_the_table():
     case = Case(torch.float32, lens=PART)
     with running(Interpreter()):
         right = case.run()
-        check_spoilt(case, case.run(tables=case.tables[:, :2].contiguous()), right, lambda queries: queries >= 128)
+        check_spoilt(case, case.run(tables=case.tables[:, :2]), right, lambda queries: queries >= 128)
         assert case.run(tables=case.tables[:, :0]).isnan().all()
         case.cache = PagedCache.empty(0, 1, 64, 64, lanes=1)
         assert case.run().isnan().all()
@@ -252,11 +250,10 @@ def test_loads_go_to_the_end_of_padded_rows():
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("spec", [INFERENCE_SPECS[0], *(pytest.param(spec, marks=pytest.mark.slow) for spec in INFERENCE_SPECS[1:])],
-                         ids=lambda spec: spec.name)
-def test_machine_code(spec, arch):
-    """No spills, wide loads, and the tensor cores about as busy as attention's forward keeps them."""
-    assert spec in specs()
+@pytest.mark.parametrize("name", ["paged prefill", pytest.param("paged prefill D=128", marks=pytest.mark.slow)])
+def test_machine_code(name, arch):
+    """No spills, wide loads, and the tensor cores nearly as busy as attention's forward keeps them."""
+    spec = next(spec for spec in specs() if spec.name == name)
     found = row(spec, *record(spec, arch), arch)
     assert found["spills"] == 0 and found["efficiency"] >= 0.5
     assert not {width for width in found["widths"] if width.endswith((".16", ".8"))}
