@@ -58,9 +58,9 @@ def test_auto_takes_nvcc_where_it_is(tmp_path, monkeypatch):
     assert choose_nvcc("auto") == choose_nvcc("cuda") == (str(nvcc), f"CUDA part by {nvcc}")
     monkeypatch.delenv("CXX", raising=False)
     codes = [flag for flag in setup_script().cuda_flags(str(nvcc)) if flag.startswith("-gencode")]
-    assert codes == ["-gencode=arch=compute_90,code=sm_90", "-gencode=arch=compute_90,code=compute_90"]
+    assert codes == [f"-gencode=arch=compute_{a},code={kind}" for a, kind in (("75", "sm_75"), ("90", "sm_90"), ("90", "compute_90"))]
     nvcc.write_text("#!/bin/sh\necho sm_50\n")
-    with pytest.raises(Exception, match="knows none of the architectures 80, 90, 100: it is too old"):
+    with pytest.raises(Exception, match="knows none of the architectures 75, 80, 90, 100, 120: it is too old"):
         setup_script().cuda_flags(str(nvcc))
     monkeypatch.delenv("CUDA_HOME")
     monkeypatch.setenv("PATH", str(nvcc.parent))
@@ -203,7 +203,7 @@ def test_the_extension_exports_its_entry_only_and_needs_no_cuda():
     assert symbols == ["PyInit__C"]
     needed = [line for line in lines_of("objdump", "-p", extension._C.__file__) if "NEEDED" in line]
     assert needed and not [line for line in needed if "cuda" in line or "torch" in line]
-    assert Path(extension._C.__file__).stat().st_size < 8e6
+    assert Path(extension._C.__file__).stat().st_size < 24e6  # most of it machine code for five kinds of GPU
 
 
 # The sources
@@ -222,7 +222,7 @@ def test_setup_names_every_source():
     setup = setup_script()
     with inside(ROOT):
         found = {str(p) for p in Path("csrc").rglob("*") if p.suffix in (".cpp", ".cu")}
-    assert found == {*setup.SOURCES, *setup.CUDA_SOURCES}
+    assert found == {*setup.SOURCES, *setup.CUDA_SOURCES, setup.CUDA_BINDINGS}
 
 
 @pytest.mark.parametrize("compiler", ["clang++", "aarch64-linux-gnu-g++"])

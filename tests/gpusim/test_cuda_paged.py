@@ -277,3 +277,20 @@ def test_the_default_dtype_is_not_asked(cuda):
         case.store().check()
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(("H", "G"), [(2, 2), (4, 1)])
+@pytest.mark.parametrize("cache", CACHES, ids=str)
+def test_keys_and_values_are_read_once(cache, H, G):
+    """And with the partial results, written and read, no more than 5 % beyond them moves, where heads share no keys."""
+    D, lens = 64, [(1, 1024), (1, 700), (1, 257)]
+    with running_cuda(Shim()) as executor:
+        case = Case(64, cache, D=D, H=H, G=G, lens=lens).store()
+        before = executor.library.copied_bytes()
+        case.run()
+        copied = executor.library.copied_bytes() - before
+    least = 2 * G * D * cache.itemsize * sum(length for _, length in lens)
+    assert copied == least
+    chunks = sum(-(-length // executor.library.CHUNK) for _, length in lens)
+    partial = 2 * H * chunks * (D + 2) * 4
+    assert partial <= 0.05 * least * H / G  # each query head has partial results of its own

@@ -23,10 +23,6 @@ WANTED = {"paged attention, bfloat16": (0.95, 0.95), "paged attention, float16":
           "weight_only_linear, int8": (0.95, 0.85), "weight_only_linear, int4": (0.9, 0.65)}
 
 
-# One number that the loop of bfloat16 and float16 keys loads again where a chunk ends: stored once, loaded at one place.
-SPILLS = {("paged_attention_kernel", 100): 2, ("paged_attention_kernel", 120): 2}
-
-
 def identity(row):
     return row["spec"], row["kernel"], row["arch"], json.dumps(row["config"], sort_keys=True)
 
@@ -43,8 +39,7 @@ def test_the_figures_are_todays(arch):
 
 
 def test_nothing_spills():
-    spilling = {identity(row) for row in RECORDED if row["spills"] > SPILLS.get((row["kernel"], row["arch"]), 0)}
-    assert not spilling
+    assert not {identity(row) for row in RECORDED if row["spills"]}
 
 
 def test_every_kernel_fits_every_processor():

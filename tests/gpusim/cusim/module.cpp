@@ -32,6 +32,7 @@ PYBIND11_MODULE(fastgpt_cusim, m) {
   define_cuda(m);
   m.def("set_order", &cusim::set_order, py::arg("random"), py::arg("seed"));
   m.def("set_copies_early", [](bool early) { cusim::copies_early = early; });
+  m.def("copied_bytes", [] { return cusim::copied_bytes; }, "by asynchronous copies of 16 bytes so far");
   m.def("fail_next_launch", &cusim::fail_next_launch);
   m.def("set_recorder", &set_recorder);
   m.def("add_static_shared", &cusim::add_static_shared);

@@ -20,6 +20,7 @@ namespace cusim {
 Place* self = nullptr;
 uint3 block_index;
 dim3 block_size, grid_size;
+uint64_t copied_bytes = 0;
 bool copies_early = false;
 std::deque<Thread> threads;
 int thread_count = 0, alive = 0;

@@ -49,6 +49,7 @@ struct Copy {
   const void* from;      // null: zeros
   unsigned bytes, group;
 };
+extern uint64_t copied_bytes;  // by copies of 16 bytes so far
 extern bool copies_early;  // copies happen at once, instead of when they are waited for
 void start_copy(void* to, const void* from, unsigned bytes);
 void close_group();
