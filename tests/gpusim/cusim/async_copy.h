@@ -18,7 +18,7 @@ void copy_async(void* shared, const void* global, bool ok) {
   const void* from = ok ? global : nullptr;
   const bool aligned = ((uintptr_t)shared | (uintptr_t)from) % Bytes == 0;
   if (!aligned) fail("cp.async: an address is not a multiple of " + std::to_string(Bytes));
-  if (ok && Bytes == 16) copied_bytes += Bytes;  // of fewer, lanes share an address
+  if (ok && Bytes == 16) count_copy();  // of fewer bytes, lanes share an address
   if (copies_early) copy_now(shared, from, Bytes);
   else start_copy(shared, from, Bytes);
 }

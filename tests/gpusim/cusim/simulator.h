@@ -50,6 +50,7 @@ struct Copy {
   unsigned bytes, group;
 };
 extern uint64_t copied_bytes;  // by copies of 16 bytes so far
+void count_copy();
 extern bool copies_early;  // copies happen at once, instead of when they are waited for
 void start_copy(void* to, const void* from, unsigned bytes);
 void close_group();
