@@ -20,6 +20,7 @@ LEVELS = ("baseline", "avx2", "avx512")
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 CACHE_DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
 KEY_LANES = 16
+LARGEST_PAGE = 1024  # tokens of a page: csrc/cuda/launch_rules.h's reciprocal divides by no more
 # Constants, which a compiler that traces a caller can read.
 HAS_BF16 = _C is not None and _C.cpu_has_bf16()
 HAS_VNNI = _C is not None and _C.cpu_has_vnni()

@@ -1,9 +1,8 @@
 """What the CUDA kernels are started with: tests put a module that runs them on the CPU in its place."""
-import functools
-
 import torch
 
 from fastgpt.extension import _C
+from fastgpt.kernels import launch as kernels_launch
 
 # csrc/cuda/kernels.h's numbers.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
@@ -18,11 +17,7 @@ class OnDevice:
     def stream(device):
         return torch.cuda.current_stream(device).cuda_stream
 
-    @staticmethod
-    @functools.lru_cache
-    def processors(device):
-        """How many streaming multiprocessors the device has."""
-        return torch.cuda.get_device_properties(device).multi_processor_count
+    processors = staticmethod(kernels_launch.OnDevice.processors)
 
 
 executor = OnDevice

@@ -7,11 +7,11 @@ from fastgpt import kernels
 from fastgpt.autograd.tensors import MAX_HEAD_SIZE
 from fastgpt.cuda import launch
 from fastgpt.cuda.launch import DTYPES, pointer, rows, run
+from fastgpt.extension import LARGEST_PAGE
 from fastgpt.paged import LARGEST, LOAD_BYTES
 
 MOST_DECODE_ROWS = 16  # tokens of a sequence that the split kernel takes; more are a prefill
 MOST_SEQUENCES = 65535  # blocks of a grid's last dimension
-LARGEST_PAGE = 1024  # tokens, likewise
 LONGEST = 2 ** 22  # keys of a sequence: what csrc/cuda/launch_rules.h's reciprocal divides exactly
 
 

@@ -8,9 +8,8 @@ from fastgpt.config import check_int
 from fastgpt.engine.memory import address
 from fastgpt.engine.runner import CpuRunner
 from fastgpt.engine.weights import PackedWeights
-from fastgpt.extension import _C, CACHE_DTYPES, KEY_LANES
+from fastgpt.extension import _C, CACHE_DTYPES, KEY_LANES, LARGEST_PAGE
 
-LARGEST_PAGE = 1024  # tokens
 CONTEXTS = 16  # full ones that the KV cache holds by default
 
 

@@ -8,9 +8,9 @@ from fastgpt.autograd.tensors import MAX_HEAD_SIZE
 from fastgpt.config import check_int
 from fastgpt.cuda.sampling import MOST_VOCABULARY
 from fastgpt.engine import gpu_device
-from fastgpt.engine.backends import LARGEST_PAGE
 from fastgpt.engine.gpu_runner import CACHE_DTYPES, GpuRunner
 from fastgpt.engine.gpu_weights import GpuWeights
+from fastgpt.extension import LARGEST_PAGE
 
 CONTEXTS = 256  # full ones that the KV cache holds by default, where there is the memory
 SHARE = 0.8  # of the free memory, at most

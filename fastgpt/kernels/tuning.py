@@ -75,11 +75,18 @@ def attention_config(kernel, arch, dtype, width, busy, key_mask):
     """(BLOCK_M, BLOCK_N, options) of "forward", "dq" or "dk_dv" for heads whose tiles are `width` wide. busy: with dropout or
     a window."""
     special = [ATTENTION_BUSY] if busy else [ATTENTION_KEY_MASK] if key_mask else []
-    for table in [ATTENTION_FLOAT32] if dtype.itemsize == 4 else [*special, ATTENTION]:
+    tables = [ATTENTION_FLOAT32] if dtype.itemsize == 4 else [*special, ATTENTION]
+    return _first(((table, kernel) for table in tables), arch, width)
+
+
+def _first(places, arch, width):
+    """(BLOCK_M, BLOCK_N, options) from the first of the places (table, name) that has this width for the architecture or
+    one that it descends from."""
+    for table, name in places:
         known = arch
         while known:
-            if width in table.get((kernel, known), {}):
-                block_m, block_n, num_warps, num_stages = table[kernel, known][width]
+            if width in table.get((name, known), {}):
+                block_m, block_n, num_warps, num_stages = table[name, known][width]
                 return block_m, block_n, {"num_warps": num_warps, "num_stages": num_stages}
             known = PARENT.get(known)
 
@@ -101,13 +108,7 @@ def prefill_config(arch, dtype, width, window, quantised):
     """(BLOCK_M, BLOCK_N, options) for heads whose tiles are `width` wide. The same for all lengths and page sizes, on which a
     row's bits must not depend."""
     kinds = ["float32"] if dtype.itemsize == 4 else ["quantised"] * quantised + ["window"] * window + ["plain"]
-    for kind in kinds:
-        known = arch
-        while known:
-            if width in PREFILL.get((kind, known), {}):
-                block_m, block_n, num_warps, num_stages = PREFILL[kind, known][width]
-                return block_m, block_n, {"num_warps": num_warps, "num_stages": num_stages}
-            known = PARENT.get(known)
+    return _first(((PREFILL, kind) for kind in kinds), arch, width)
 
 
 CROSS_ENTROPY_BLOCK, CROSS_ENTROPY_WARPS = 4096, 8  # 16 elements a thread: two 16-byte loads of a 16-bit dtype

@@ -4,8 +4,9 @@ import contextlib
 
 import cuda_shim
 import torch
+from answering import answering
 
-from fastgpt import cuda, ops
+from fastgpt import cuda
 from fastgpt.cuda import launch
 
 
@@ -49,13 +50,6 @@ def on_gpu():
         yield executor
 
 
-@contextlib.contextmanager
 def running_cuda(executor, device="cpu"):
     """Within this context the CUDA kernels answer every op, for tensors of `device`, and `executor` runs them."""
-    before = launch.executor, cuda.missing, list(cuda.devices)
-    launch.executor, cuda.missing, cuda.devices[:] = executor, lambda index: None, [device]
-    try:
-        with ops.backend("cuda"):
-            yield executor
-    finally:
-        launch.executor, cuda.missing, cuda.devices[:] = before
+    return answering(cuda, "cuda", executor, device)

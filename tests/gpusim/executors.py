@@ -1,14 +1,13 @@
 """What takes the GPU's place behind `fastgpt.kernels.launch`: an interpreter of the source, a simulator of the compiled
 code, a recorder of launches. `running(executor)` puts one there."""
-import contextlib
 
 import torch
+from answering import answering
 from compiling import compile_kernel
 from interpreter import simulate
 from ptx_machine import Kernel
 
-from fastgpt import kernels, ops
-from fastgpt.kernels import launch
+from fastgpt import kernels
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32",
             torch.int64: "*i64", torch.uint8: "*u8", torch.int8: "*i8"}
@@ -59,17 +58,10 @@ class Recorder(Interpreter):
         self.launches.append(launched)
 
 
-@contextlib.contextmanager
 def running(executor, device="cpu"):
     """Within this context the Triton kernels answer every op, for tensors of `device`, and `executor` runs them."""
     kernels.load()
-    before = launch.executor, kernels.missing, list(kernels.devices)
-    launch.executor, kernels.missing, kernels.devices[:] = executor, lambda index: None, [device]
-    try:
-        with ops.backend("triton"):
-            yield executor
-    finally:
-        launch.executor, kernels.missing, kernels.devices[:] = before
+    return answering(kernels, "triton", executor, device)
 
 
 def specialise(kernel, arguments, constants):
