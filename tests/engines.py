@@ -1,4 +1,6 @@
 """A small model for the engine's tests, and an LLM that remembers the logits of every token it was asked for."""
+import copy
+import ctypes
 import dataclasses
 
 import numpy as np
@@ -55,11 +57,27 @@ def as_packed(llm, model):
     with torch.no_grad():
         _unpack(weights.head, twin.lm_head.weight)
         _unpack(weights.embedding, twin.transformer.wte.weight)
-        for (_, qkv, proj, _, fc, out, _), block in zip(weights.layers, blocks):
+        for (ln_1, qkv, proj, ln_2, fc, out, _), block in zip(weights.layers, blocks):
+            for addresses, norm in ((ln_1, block.ln_1), (ln_2, block.ln_2)):
+                for at, vector in zip(addresses, (norm.weight, norm.bias)):
+                    vector.copy_(torch.frombuffer((ctypes.c_float * len(vector)).from_address(at), dtype=torch.float32))
             for packed, layer in ((qkv, block.attn.c_attn), (proj, block.attn.c_proj), (fc, block.mlp.c_fc),
                                   (out, block.mlp.c_proj)):
                 _unpack(packed, layer.weight)
     return twin.eval()
+
+
+def with_outliers(model, factor, channels=3):
+    """The same function of ids, but some channels behind each norm are `factor` times as large and their weights as small."""
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for i, block in enumerate(twin.transformer.h):
+            for norm, layer in ((block.ln_1, block.attn.c_attn), (block.ln_2, block.mlp.c_fc)):
+                chosen = slice(i, None, model.config.n_embd // channels)
+                norm.weight[chosen] *= factor
+                norm.bias[chosen] *= factor
+                layer.weight[:, chosen] /= factor
+    return twin
 
 
 def _unpack(packed, weight):

@@ -41,15 +41,18 @@ class Packed:
         return out
 
 
+def largest_integer(fmt):
+    """Of a row's numbers in a format's products, 0 where they are no integers: int8 takes bytes where VNNI multiplies them."""
+    return {"int8": 127 if "vnni" in _C.engine_dots() else 32767, "int4": 127}.get(fmt, 0)
+
+
 def quantized_rows(x, fmt):
     """x as a format's products see it: 16-bit integers a row, 8-bit ones a group of 32, or itself."""
-    x = x.double()
-    if fmt == "int8":
-        scale = x.abs().amax(1, keepdim=True) / 32767
-        return (x / scale.where(scale > 0, 1)).round() * scale
-    if fmt == "int4":
-        padded = torch.nn.functional.pad(x, (0, -x.shape[1] % 32)).unflatten(1, (-1, 32))
-        scale = padded.abs().amax(2, keepdim=True) / 127
+    x, top = x.double(), largest_integer(fmt)
+    if top:
+        group = 32 if top == 127 else x.shape[1]
+        padded = torch.nn.functional.pad(x, (0, -x.shape[1] % group)).unflatten(1, (-1, group))
+        scale = padded.abs().amax(2, keepdim=True) / top
         return ((padded / scale.where(scale > 0, 1)).round() * scale).flatten(1)[:, :x.shape[1]]
     return x.bfloat16().double() if fmt == "bfloat16" and "bf16" in _C.engine_dots() else x
 
@@ -83,8 +86,8 @@ def test_products_equal_the_reference(level, fmt):
         # PyTorch's own error, on what the integers stand for.
         pytorch = torch.nn.functional.linear(quantized_rows(x, fmt).float(), packed.weight, bias)
         # A tie in the rows' rounding may fall to either side: one step of one number.
-        steps = {"int8": 1 / 32767, "int4": 1 / 127}.get(fmt, 0.0)
-        slack = steps * x.abs().max() * packed.weight.abs().max()
+        step = 1 / largest_integer(fmt) if largest_integer(fmt) else 0.0
+        slack = step * x.abs().max() * packed.weight.abs().max()
         assert_close(f"{fmt} {N} x {K}", packed(x), truth, pytorch, float(slack))
 
 

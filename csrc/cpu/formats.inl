@@ -3,17 +3,18 @@
 //
 // A panel holds kTileCols columns. For each step of k it holds, for each of its columns, one number (float32), two (bfloat16),
 // four (int8) or eight (int4), so that a vector load gives neighbouring columns. int8 has a scale for each column at the
-// panel's end, int4 one for each column and group of kInt4Group numbers behind the group's steps.
+// panel's end, int4 one for each column and group of kGroup numbers behind the group's steps.
 //
 // Integer weights are multiplied by rows of integers, with exact sums. int8 weights take 16-bit ones with a scale for the
-// row: as fast as 8-bit ones without VNNI, and fine enough for the outliers of GPT-2's activations. int4 weights take
+// row: as fast as 8-bit ones without VNNI, and fine enough for the outliers of GPT-2's activations. With VNNI, which
+// multiplies bytes at twice the rate, they take 8-bit ones with a scale for each group of kGroup. int4 weights take
 // 8-bit ones with a scale for each group, whose products fit into 16 bits for a whole group.
 
 namespace fastgpt {
 namespace {
 
-constexpr int64_t kInt4Group = 32;
-constexpr int64_t kChain = 256;       // products summed before they are added to the sum so far
+constexpr int64_t kGroup = 32;   // numbers that share a scale
+constexpr int64_t kChain = 256;  // products summed before they are added to the sum so far
 constexpr int64_t kMostInteger = 32767;  // |16-bit row entry|: kChain products with int8 stay inside an int32
 
 template <int kFormat>
@@ -34,7 +35,11 @@ struct Format<kPackedBFloat16> {
 };
 template <>
 struct Format<kPackedInt8> {
+#if defined(BYTE_DOTS)
+  typedef int8_t Input;
+#else
   typedef int16_t Input;
+#endif
 };
 template <>
 struct Format<kPackedInt4> {
@@ -46,10 +51,15 @@ constexpr bool kHalfDots = true;
 #else
 constexpr bool kHalfDots = false;
 #endif
+#if defined(BYTE_DOTS)
+constexpr bool kByteDots = true;
+#else
+constexpr bool kByteDots = false;
+#endif
 
 // A row's length as the kernels read it: whole steps and, of int4, whole groups.
 INLINE int64_t padded_k(int format, int64_t K) {
-  if (format == kPackedInt4) return ceil_div(K, kInt4Group) * kInt4Group;
+  if (format == kPackedInt4) return ceil_div(K, kGroup) * kGroup;
   return format == kPackedInt8 ? ceil_div(K, 4) * 4 : format == kPackedBFloat16 ? ceil_div(K, 2) * 2 : K;
 }
 
@@ -58,7 +68,7 @@ int64_t panel_bytes(int format, int64_t K) {
   int64_t Kp = padded_k(format, K), bytes = 4 * kTileCols * Kp;
   if (format == kPackedBFloat16) bytes /= 2;
   if (format == kPackedInt8) bytes = bytes / 4 + 4 * kTileCols;
-  if (format == kPackedInt4) bytes = bytes / 8 + Kp / kInt4Group * 2 * kTileCols;
+  if (format == kPackedInt4) bytes = bytes / 8 + Kp / kGroup * 2 * kTileCols;
   return ceil_div(bytes, 64) * 64;
 }
 
@@ -137,14 +147,14 @@ INLINE Vec int4_scale(const float* from, int64_t n) {
 constexpr int kNibble[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
 INLINE void pack_nibbles(const float* from, int64_t K, uint8_t* to) {
-  for (int64_t group = 0; group < K; group += kInt4Group) {
-    int64_t n = min(kInt4Group, K - group);
-    bf16* scales = (bf16*)(to + kInt4Group / 2 * kTileCols);
+  for (int64_t group = 0; group < K; group += kGroup) {
+    int64_t n = min(kGroup, K - group);
+    bf16* scales = (bf16*)(to + kGroup / 2 * kTileCols);
     for (int v = 0; v < kTileVecs; v++) {
       const float* first = from + group * kTileCols + v * W;
       Vec scale = int4_scale(first, n), inverse = inverse_of(scale);
       store(scales + v * W, scale);
-      for (int64_t k = 0; k < kInt4Group; k += 8) {
+      for (int64_t k = 0; k < kGroup; k += 8) {
         IntVec eight = {};
         for (int i = 0; i < 8; i++) {
           int64_t at = k + kNibble[i];
@@ -154,7 +164,7 @@ INLINE void pack_nibbles(const float* from, int64_t K, uint8_t* to) {
         memcpy(to + k / 2 * kTileCols + 4 * v * W, &eight, sizeof eight);
       }
     }
-    to += kInt4Group / 2 * kTileCols + 2 * kTileCols;
+    to += kGroup / 2 * kTileCols + 2 * kTileCols;
   }
 }
 
@@ -183,13 +193,13 @@ void unpack_column(const Packed& w, int64_t n, float* out) {
     if (w.format == kPackedBFloat16) out[k] = to_float(((const bf16*)panel)[k / 2 * 2 * kTileCols + 2 * c + k % 2]);
     if (w.format == kPackedInt8) out[k] = scale * ((const int8_t*)panel)[k / 4 * 4 * kTileCols + 4 * c + k % 4];
     if (w.format == kPackedInt4) {
-      const uint8_t* group = panel + k / kInt4Group * (kInt4Group / 2 * kTileCols + 2 * kTileCols);
-      const int64_t in_group = k % kInt4Group;
+      const uint8_t* group = panel + k / kGroup * (kGroup / 2 * kTileCols + 2 * kTileCols);
+      const int64_t in_group = k % kGroup;
       uint32_t eight;
       memcpy(&eight, group + in_group / 8 * 4 * kTileCols + 4 * c, 4);
       int nibble = 0;
       while (kNibble[nibble] != in_group % 8) nibble++;
-      out[k] = ((int)(eight >> (4 * nibble) & 15) - 8) * to_float(((const bf16*)(group + kInt4Group / 2 * kTileCols))[c]);
+      out[k] = ((int)(eight >> (4 * nibble) & 15) - 8) * to_float(((const bf16*)(group + kGroup / 2 * kTileCols))[c]);
     }
   }
 }

@@ -9,7 +9,8 @@ namespace {
 // Rows up to which a product takes a panel's numbers as they are stored. For more it pays to unpack a panel first: to
 // floats, or to the pairs of 16-bit integers that dot_pairs takes.
 template <int kFormat>
-constexpr int kDirectRows = kFormat == kPackedFloat32 || (kFormat == kPackedBFloat16 && kHalfDots) ? kTileRows : 4;
+constexpr int kDirectRows = kFormat == kPackedFloat32 || (kFormat == kPackedBFloat16 && kHalfDots) ||
+                            (kFormat == kPackedInt8 && kByteDots) ? kTileRows : 4;
 template <int kFormat>
 constexpr bool kUnpacks = kDirectRows<kFormat> < kTileRows;
 template <int kFormat>
@@ -31,7 +32,7 @@ template <int kFormat>
 constexpr int64_t kAhead = kFormat == kPackedFloat32 ? 0 : 2048;
 
 // Input rows of a tile: row i begins at data + i * stride. Of integer rows, scale and sums: (rows, groups) where a group
-// is kInt4Group numbers; of 16-bit rows the first scale is that of the whole row.
+// is kGroup numbers; of 16-bit rows the first scale is that of the whole row.
 template <class T>
 struct Rows {
   const T* data;
@@ -125,6 +126,38 @@ struct Multiply<kPackedBFloat16, M> {
 };
 #endif
 
+// The sums of a group whose weights are stored as, or made, unsigned by adding kOffset: they begin at the opposite of what
+// the offset adds.
+template <int kOffset, int M>
+INLINE void start_sums(ByteSums (&sum)[M][kTileVecs], const Rows<int8_t>& a, int64_t g) {
+  UNROLL for (int i = 0; i < M; i++)
+    UNROLL for (int j = 0; j < kTileVecs; j++) sum[i][j] = byte_sums_from(a.sums[i * a.groups + g] * -kOffset);
+}
+
+#if defined(BYTE_DOTS)
+template <int M>
+struct Multiply<kPackedInt8, M> {
+  static INLINE void run(Vec (&result)[M][kTileVecs], const Rows<int8_t>& a, const uint8_t* panel, int64_t K, Ahead ahead) {
+    for (int64_t g = 0; g * kGroup < K; g++) {
+      ByteSums sum[M][kTileVecs];
+      start_sums<128>(sum, a, g);
+      const int64_t end = min(K, (g + 1) * kGroup);
+      for (int64_t s = g * kGroup; s < end; s += 4, panel += 4 * kTileCols) {
+        ahead.prefetch();
+        IntVec columns[kTileVecs];
+        UNROLL for (int j = 0; j < kTileVecs; j++) columns[j] = load_ints(panel + 4 * j * W) ^ (int)0x80808080;
+        UNROLL for (int i = 0; i < M; i++) {
+          IntVec four = splat_word(a.data + i * a.stride + s);
+          UNROLL for (int j = 0; j < kTileVecs; j++) sum[i][j] = dot_bytes(sum[i][j], columns[j], four);
+        }
+      }
+      UNROLL for (int i = 0; i < M; i++)
+        UNROLL for (int j = 0; j < kTileVecs; j++)
+          result[i][j] = multiply_add(to_floats(sum[i][j]), splat(a.scale[i * a.groups + g]), result[i][j]);
+    }
+  }
+};
+#else
 template <int M>
 struct Multiply<kPackedInt8, M> {
   static INLINE void run(Vec (&result)[M][kTileVecs], const Rows<int16_t>& a, const uint8_t* panel, int64_t K, Ahead ahead) {
@@ -154,15 +187,11 @@ struct Multiply<kPackedInt8, M> {
     }
   }
 };
+#endif
 
-// The sums of a group of int4 numbers, which hold weight + 8: they begin at -8 times the sum of the row's numbers. Nothing
-// leaves the 16 bits of half a sum: 16 products of at most 15 * 127, and a start that is the opposite of what the offset
-// adds.
-template <int M>
-INLINE void start_int4(ByteSums (&sum)[M][kTileVecs], const Rows<int8_t>& a, int64_t g) {
-  UNROLL for (int i = 0; i < M; i++)
-    UNROLL for (int j = 0; j < kTileVecs; j++) sum[i][j] = byte_sums_from(a.sums[i * a.groups + g] * -8);
-}
+// int4 numbers are stored as weight + 8. Nothing leaves the 16 bits of half a sum: 16 products of at most 15 * 127, and a
+// start that is the opposite of what the offset adds.
+constexpr int kInt4Offset = 8;
 template <int M>
 INLINE void add_int4(Vec (&result)[M][kTileVecs], const ByteSums (&sum)[M][kTileVecs], const Rows<int8_t>& a, int64_t g,
                      const uint8_t* scales) {
@@ -176,10 +205,10 @@ INLINE void add_int4(Vec (&result)[M][kTileVecs], const ByteSums (&sum)[M][kTile
 template <int M>
 struct Multiply<kPackedInt4, M> {
   static INLINE void run(Vec (&result)[M][kTileVecs], const Rows<int8_t>& a, const uint8_t* panel, int64_t K, Ahead ahead) {
-    for (int64_t g = 0; g * kInt4Group < K; g++, panel += 2 * kTileCols) {
+    for (int64_t g = 0; g * kGroup < K; g++, panel += 2 * kTileCols) {
       ByteSums sum[M][kTileVecs];
-      start_int4(sum, a, g);
-      for (int64_t s = g * kInt4Group; s < (g + 1) * kInt4Group; s += 8, panel += 4 * kTileCols) {
+      start_sums<kInt4Offset>(sum, a, g);
+      for (int64_t s = g * kGroup; s < (g + 1) * kGroup; s += 8, panel += 4 * kTileCols) {
         ahead.prefetch();
         UNROLL for (int half = 0; half < 2; half++) {
           IntVec columns[kTileVecs];
@@ -223,8 +252,8 @@ void unpack_bytes(const uint8_t* panel, int64_t K, uint8_t* to) {
     }
 }
 void unpack_nibbles(const uint8_t* panel, int64_t K, uint8_t* to) {
-  for (int64_t group = 0; group < K; group += kInt4Group, panel += 2 * kTileCols)
-    for (int64_t s = 0; s < kInt4Group; s += 8, panel += 4 * kTileCols, to += 8 * kTileCols)
+  for (int64_t group = 0; group < K; group += kGroup, panel += 2 * kTileCols)
+    for (int64_t s = 0; s < kGroup; s += 8, panel += 4 * kTileCols, to += 8 * kTileCols)
       UNROLL for (int j = 0; j < kTileVecs; j++) {
         UintVec eight = (UintVec)load_ints(panel + 4 * j * W);
         store_ints(to + 4 * j * W, (IntVec)eight & 0x0F0F0F0F);
@@ -257,6 +286,7 @@ struct MultiplyUnpacked<kPackedBFloat16, M> {
     Multiply<kPackedFloat32, M>::run(result, a, b.numbers, K, ahead);
   }
 };
+#if !defined(BYTE_DOTS)
 template <int M>
 struct MultiplyUnpacked<kPackedInt8, M> {
   static INLINE void run(Vec (&result)[M][kTileVecs], const Rows<int16_t>& a, const Unpacked& b, int64_t K, Ahead ahead) {
@@ -270,15 +300,16 @@ struct MultiplyUnpacked<kPackedInt8, M> {
     }
   }
 };
+#endif
 template <int M>
 struct MultiplyUnpacked<kPackedInt4, M> {
   static INLINE void run(Vec (&result)[M][kTileVecs], const Rows<int8_t>& a, const Unpacked& b, int64_t K, Ahead ahead) {
-    constexpr int64_t kGroupBytes = kInt4Group / 2 * kTileCols;
+    constexpr int64_t kGroupBytes = kGroup / 2 * kTileCols;
     const uint8_t *scales = b.panel + kGroupBytes, *numbers = b.numbers;
-    for (int64_t g = 0; g * kInt4Group < K; g++, scales += kGroupBytes + 2 * kTileCols) {
+    for (int64_t g = 0; g * kGroup < K; g++, scales += kGroupBytes + 2 * kTileCols) {
       ByteSums sum[M][kTileVecs];
-      start_int4(sum, a, g);
-      for (int64_t s = g * kInt4Group; s < (g + 1) * kInt4Group; s += 4, numbers += 4 * kTileCols) {
+      start_sums<kInt4Offset>(sum, a, g);
+      for (int64_t s = g * kGroup; s < (g + 1) * kGroup; s += 4, numbers += 4 * kTileCols) {
         ahead.prefetch();
         IntVec columns[kTileVecs];
         UNROLL for (int j = 0; j < kTileVecs; j++) columns[j] = load_ints(numbers + 4 * j * W);
@@ -308,7 +339,10 @@ NOINLINE void multiply_panel(const Rows<typename Format<kFormat>::Input>& a, con
     Vec start = bias ? load(bias + j * W) : Vec{};
     UNROLL for (int i = 0; i < M; i++) {
       Vec sum = result[i][j];
-      if (kFormat == kPackedInt8) sum = multiply_add(sum, load(scales + j * W) * a.scale[i * a.groups], start);
+      if (kFormat == kPackedInt8) {
+        const Vec scale = load(scales + j * W);
+        sum = multiply_add(sum, kByteDots ? scale : scale * a.scale[i * a.groups], start);
+      }
       store(out + i * kTileCols + j * W, kFormat == kPackedInt4 ? sum + start : sum);
     }
   }

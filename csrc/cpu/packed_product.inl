@@ -20,7 +20,7 @@ struct Finish {
   const float* residual;
 };
 
-constexpr int64_t kRowAlign = kInt4Group;  // rows are zeros from K up to a multiple of this
+constexpr int64_t kRowAlign = kGroup;  // rows are zeros from K up to a multiple of this
 INLINE int64_t row_stride(int64_t K) { return ceil_div(K, kRowAlign) * kRowAlign; }
 
 // Whether a format's products take the rows in another form than floats.
@@ -172,15 +172,15 @@ INLINE void quantize_to_16_bits(const RowBuffer& b, int64_t i) {
 // One row as 8-bit integers times a scale for each group, with the groups' sums.
 INLINE void quantize_to_8_bits(const RowBuffer& b, int64_t i) {
   int8_t* to = (int8_t*)b.converted + i * b.stride;
-  for (int64_t g = 0; g < b.groups; g++) {
-    const float* x = b.floats + i * b.stride + g * kInt4Group;
-    const float highest = highest_magnitude(x, kInt4Group), inverse = highest > 0.0f ? 127.0f / highest : 0.0f;
+  for (int64_t g = 0; g * kGroup < b.stride; g++) {
+    const float* x = b.floats + i * b.stride + g * kGroup;
+    const float highest = highest_magnitude(x, kGroup), inverse = highest > 0.0f ? 127.0f / highest : 0.0f;
     b.scale[i * b.groups + g] = is_finite(highest) ? highest / 127.0f : NAN;
     IntVec sum = {};
-    for (int64_t k = 0; k < kInt4Group; k += W) {
+    for (int64_t k = 0; k < kGroup; k += W) {
       IntVec a = is_finite(highest) ? round_to_int(load(x + k) * inverse) : 1 - IntVec{};
       sum = sum + a;
-      store_bytes(to + g * kInt4Group + k, a);
+      store_bytes(to + g * kGroup + k, a);
     }
     int32_t parts[W], total = 0;
     memcpy(parts, &sum, sizeof sum);
@@ -196,8 +196,8 @@ INLINE void narrow_to_halves(const RowBuffer& b, int64_t i) {
 
 INLINE void convert_row(int format, const RowBuffer& b, int64_t i) {
   if (format == kPackedBFloat16 && kHalfDots) narrow_to_halves(b, i);
-  if (format == kPackedInt8) quantize_to_16_bits(b, i);
-  if (format == kPackedInt4) quantize_to_8_bits(b, i);
+  if (format == kPackedInt8 && !kByteDots) quantize_to_16_bits(b, i);
+  if (format == kPackedInt4 || (format == kPackedInt8 && kByteDots)) quantize_to_8_bits(b, i);
 }
 
 // f(i) for rows 0 .. M - 1: few of them on the calling thread, since waking the others would take longer.
@@ -221,7 +221,7 @@ void convert_rows(const Packed& w, const RowBuffer& b, int64_t M) {
 
 INLINE RowBuffer take_rows(Arena& arena, int64_t M, int64_t K) {
   RowBuffer b;
-  b.stride = row_stride(K), b.groups = b.stride / kInt4Group;
+  b.stride = row_stride(K), b.groups = b.stride / kGroup;
   b.floats = arena.take(M * b.stride);
   b.converted = arena.take(M * b.stride / 2);
   b.scale = arena.take(M * b.groups);
@@ -232,7 +232,7 @@ INLINE RowBuffer take_rows(Arena& arena, int64_t M, int64_t K) {
 }
 // What take_rows takes, alignment included.
 INLINE int64_t row_buffer_floats(int64_t M, int64_t K) {
-  return M * (row_stride(K) + row_stride(K) / 2 + 2 * row_stride(K) / kInt4Group) + 4 * 16;
+  return M * (row_stride(K) + row_stride(K) / 2 + 2 * row_stride(K) / kGroup) + 4 * 16;
 }
 
 void packed_linear(const Packed& w, const float* x, int64_t M, int activation, const float* residual, float* out) {

@@ -30,6 +30,8 @@ FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}  # kernels' number
 # safetensors' names of what can be read: numpy's dtype to read it with, and the kernels' number where they take it.
 STORED = {"F32": (np.float32, 0), "BF16": (np.uint16, 1), "F16": (np.float16, None), "F64": (np.float64, None)}
 ROWS = 4096  # of an embedding, read at a time
+NORM_BEFORE = {"attn.c_attn": "ln_1", "mlp.c_fc": "ln_2"}
+MOST_BALANCE = 2.0 ** 10
 
 
 class FileTensor:
@@ -132,6 +134,25 @@ def _tensors_of(file):
                                        transposed=name.endswith(CONV1D)) for name, entry in header.items()}
 
 
+def as_floats(array, number):
+    """What `read` gives, as float32."""
+    if number == 1:
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array
+
+
+def balance(weight):
+    """(K,) powers of two, at least 1, by which the columns of a weight (N, K) grow and the norm before it shrinks, exactly.
+
+    Where a column is far smaller than the others the norm's output is, as a rule, far larger (the outlier channels of GPT-2),
+    and would take the bits of its neighbours that share a scale with it. After Nagel et al. 2019, arXiv:1906.04721.
+    """
+    highest = np.maximum(weight.max(0), -weight.min(0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        powers = np.exp2(np.floor(np.log2(np.median(highest) / highest)))
+    return np.clip(np.nan_to_num(powers, nan=1.0, posinf=MOST_BALANCE), 1.0, MOST_BALANCE).astype(np.float32)
+
+
 class PackedWeights:
     """The weights of one model in one format, for the instruction-set level that is in use when they are packed.
 
@@ -155,6 +176,7 @@ class PackedWeights:
         self.streamed_bytes = sum(sizes)
         self._arena = Arena(sum(sizes) + (self._size(EMBEDDING, self._embedding_format) if own else 0))
         self._vectors = []  # what the kernels point to
+        self._balance = {}  # norm -> what it is divided by
         self._packed = {name: self._pack(name, self._format) for name in matrices}
         self.head = self._packed[head]
         self.embedding = self._pack(EMBEDDING, self._embedding_format) if own else self.head
@@ -170,16 +192,14 @@ class PackedWeights:
                 matrix["mlp.c_fc"], matrix["mlp.c_proj"], self.config.attention_scale(index))
 
     def norm(self, name):
-        return self.vector(f"{name}.weight"), self.vector(f"{name}.bias")
+        divisor = self._balance.get(name, 1.0)
+        return self.vector(f"{name}.weight", divisor), self.vector(f"{name}.bias", divisor)
 
-    def vector(self, name):
+    def vector(self, name, divisor=1.0):
         """The address of a small tensor as float32; 0 where there is none."""
         if name not in self._tensors:
             return 0
-        array, number = self._tensors[name].read()
-        if number == 1:
-            array = (array.astype(np.uint32) << 16).view(np.float32)
-        self._vectors.append(np.ascontiguousarray(array, np.float32))
+        self._vectors.append(as_floats(*self._tensors[name].read()) / np.float32(divisor))
         return address(self._vectors[-1])
 
     def _size(self, name, fmt):
@@ -191,20 +211,29 @@ class PackedWeights:
         tensor = self._tensors[name]
         N, K = tensor.shape
         panels = self._arena.take((self._size(name, fmt),), np.uint8)
-        step = N if getattr(tensor, "transposed", False) else ROWS // self._columns * self._columns
+        step = ROWS // self._columns * self._columns if name in (EMBEDDING, HEAD) else N
         for begin in range(0, N, step):
-            rows, number = tensor.read(begin, min(begin + step, N))
+            rows, number = self._balanced(name, *tensor.read(begin, min(begin + step, N)))
             strides = [stride // rows.itemsize for stride in rows.strides]
             _C.pack_weight(fmt, number, address(rows), rows.shape[0], K, *strides,
                            address(panels) + begin // self._columns * _C.panel_bytes(fmt, K))
         return fmt, N, K, address(panels), self._bias(name.removesuffix("weight") + "bias", N)
+
+    def _balanced(self, name, rows, number):
+        """A weight, as read, with its columns balanced against the norm before it where the format is of integers."""
+        block, _, part = name.removesuffix(".weight").rpartition(".h.")[2].partition(".")
+        norm = NORM_BEFORE.get(part)
+        if self.dtype not in ("int8", "int4") or norm is None:
+            return rows, number
+        rows = as_floats(rows, number)
+        factors = self._balance[f"transformer.h.{block}.{norm}"] = balance(rows)
+        return rows * factors, 0
 
     def _bias(self, name, N):
         """A bias, padded to whole panels."""
         if name not in self._tensors:
             return 0
         bias = np.zeros(-(-N // self._columns) * self._columns, np.float32)
-        array, number = self._tensors[name].read()
-        bias[:N] = (array.astype(np.uint32) << 16).view(np.float32) if number == 1 else array
+        bias[:N] = as_floats(*self._tensors[name].read())
         self._vectors.append(bias)
         return address(bias)
