@@ -143,6 +143,14 @@ def _without_figures(rows):
     return "\n\nWithout figures:\n" + "\n".join(lines) if lines else ""
 
 
+def quality_table(rows):
+    header = ["model", "dtype", "nats a token", "perplexity", "the same likeliest token", "KL divergence, nats", "targets"]
+    return markdown(header, [[row["model"], row["dtype"], f"{row['nats']:.4f}", f"{row['perplexity']:+.2%}",
+                              f"{row['top_1']:.1%}", f"{row['kl']:.1e}",
+                              "; ".join(f"{t} {value:+.1%}: {row['verdicts'][t]}" for t, value in row["targets"].items()) or "-"]
+                             for row in rows if row["dtype"] != "float32"])
+
+
 def gpu_predicted_table(rows):
     """A line for each of our kernels at its plain call, the rivals behind them: predicted shares of a GPU's limits."""
     header = ["", "config, sm_80 / sm_90", "registers", "predicted share of the limit, sm_80 / sm_90", "bytes moved, MB",
@@ -179,7 +187,8 @@ def _gpu_config(row):
     return f"{'x'.join(blocks)} w{row['config']['num_warps']}s{row['config'].get('num_stages', 1)}"
 
 
-TABLES = {"ops": ops_table, "train": train_table, "generate": generate_table, "gpu_predicted": gpu_predicted_table}
+TABLES = {"ops": ops_table, "train": train_table, "generate": generate_table, "quality": quality_table,
+          "gpu_predicted": gpu_predicted_table}
 
 
 def main():

@@ -74,8 +74,9 @@ def with_outliers(model, factor, channels=3):
         for i, block in enumerate(twin.transformer.h):
             for norm, layer in ((block.ln_1, block.attn.c_attn), (block.ln_2, block.mlp.c_fc)):
                 chosen = slice(i, None, model.config.n_embd // channels)
-                norm.weight[chosen] *= factor
-                norm.bias[chosen] *= factor
+                for vector in (norm.weight, norm.bias):
+                    if vector is not None:
+                        vector[chosen] *= factor
                 layer.weight[:, chosen] /= factor
     return twin
 

@@ -13,6 +13,7 @@ sys.path.append(str(ROOT))
 from benchmarks import (
     bench_generate,
     bench_ops,
+    bench_quality,
     bench_train,
     cases,
     ceilings,
@@ -495,6 +496,19 @@ def test_bench_generate_runs_and_reports(tmp_path, run_script):
         ("llama.cpp", "int8"): "/no/such/python can't be started: No such file or directory"}
     _report(found, tmp_path)
     assert "- llama.cpp: /no/such/python can't" in report.table(found)
+
+
+def test_quality_of_the_dtypes(tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question. " * 100)
+    monkeypatch.setattr(sys, "argv", ["bench_quality", str(tmp_path / "text.txt"), "--windows", "1"])
+    bench_quality.main()
+    found = results.check(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    rows = {(row["model"], row["dtype"]): row for row in found["rows"]}
+    assert len(rows) == 8
+    for (_, dtype), row in rows.items():
+        assert (row["kl"] == 0 and row["top_1"] == 1) if dtype == "float32" else 0 < row["kl"] < 0.1
+        assert set(row["verdicts"]) == ({"perplexity"} if dtype.startswith("int") else set())
+    assert "| plain | int8 |" in report.table(found)
 
 
 def _report(found, folder):
