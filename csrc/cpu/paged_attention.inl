@@ -27,6 +27,36 @@ INLINE Vec load(const int8_t* p, int n) {
   return load(bytes);
 }
 
+// Two vectors of numbers from p on. Of bfloat16 ones that lie side by side the first vector gets the even ones and the
+// second the odd ones: a shift and a mask, which is half the work of widening them in their order.
+template <class T>
+INLINE void load_pair(const T* p, Vec& a, Vec& b) {
+  a = load(p), b = load(p + W);
+}
+INLINE void load_pair(const bf16* p, Vec& a, Vec& b) {
+  const IntVec both = load_ints(p);
+  a = as_float(both << 16), b = as_float(both & (int)0xFFFF0000);
+}
+// Sums of such vectors into the numbers' order, and back.
+#define FIRST_ALTERNATE(q) q / 2, W + q / 2, q / 2 + 1, W + q / 2 + 1
+#define SECOND_ALTERNATE(q) W / 2 + q / 2, W / 2 + W + q / 2, W / 2 + q / 2 + 1, W / 2 + W + q / 2 + 1
+#define EVENS(q) 2 * q, 2 * q + 2, 2 * q + 4, 2 * q + 6
+#define ODDS(q) 2 * q + 1, 2 * q + 3, 2 * q + 5, 2 * q + 7
+template <class T>
+INLINE void order_pair(Vec&, Vec&) {}
+template <>
+INLINE void order_pair<bf16>(Vec& a, Vec& b) {
+  const Vec first = SHUFFLE(a, b, IN_QUARTERS(FIRST_ALTERNATE)), second = SHUFFLE(a, b, IN_QUARTERS(SECOND_ALTERNATE));
+  a = first, b = second;
+}
+template <class T>
+INLINE void split_pair(Vec&, Vec&) {}
+template <>
+INLINE void split_pair<bf16>(Vec& a, Vec& b) {
+  const Vec even = SHUFFLE(a, b, IN_QUARTERS(EVENS)), odd = SHUFFLE(a, b, IN_QUARTERS(ODDS));
+  a = even, b = odd;
+}
+
 // One head's pages of one sequence.
 template <class T>
 struct HeadPages {
@@ -79,6 +109,15 @@ INLINE void store_key_value(const HeadPages<T>& pages, int64_t key, const float*
 
 // ---- scores and sums ------------------------------------------------------------------------------------------------
 
+// The numbers d of 16 keys.
+template <class T>
+INLINE void load_keys(const T* p, Vec* columns) {
+  if constexpr (kKeyLanes == W)
+    columns[0] = load(p);
+  else
+    UNROLL for (int n = 0; n < kKeyLanes / W; n += 2) load_pair(p + n * W, columns[n], columns[n + 1]);
+}
+
 // Scores of R queries against N groups of 16 keys from `key` on; q: (R, q_row), to: (R, kKeys).
 template <int R, int N, class T>
 INLINE void score_groups(const HeadPages<T>& pages, int64_t key, const float* q, int64_t q_row, float* to) {
@@ -90,12 +129,15 @@ INLINE void score_groups(const HeadPages<T>& pages, int64_t key, const float* q,
     Vec sum[R][N * kVecs] = {};
     for (int64_t d = start; d < min(D, start + kScoreChain); d++) {
       Vec columns[N * kVecs];
-      UNROLL for (int n = 0; n < N * kVecs; n++) columns[n] = load(k[n / kVecs] + d * kKeyLanes + n % kVecs * W);
+      UNROLL for (int n = 0; n < N; n++) load_keys(k[n] + d * kKeyLanes, columns + n * kVecs);
       UNROLL for (int r = 0; r < R; r++) {
         Vec number = splat(q[r * q_row + d]);
-        UNROLL for (int n = 0; n < N * kVecs; n++) sum[r][n] = sum[r][n] + number * columns[n];
+        UNROLL for (int n = 0; n < N * kVecs; n++) sum[r][n] = multiply_add(number, columns[n], sum[r][n]);
       }
     }
+    if constexpr (kVecs > 1)
+      UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int n = 0; n < N * kVecs; n += 2) order_pair<T>(sum[r][n], sum[r][n + 1]);
     UNROLL for (int r = 0; r < R; r++)
       UNROLL for (int n = 0; n < N * kVecs; n++) {
         float* at = to + r * kKeys + n * W;
@@ -127,27 +169,39 @@ INLINE void scores_of_keys(const HeadPages<T>& pages, int64_t key, int64_t keys,
 }
 
 // Columns of R rows of out: the sum over keys [begin, end) of the block at `key` of weight times value, going on with
-// what out holds if begin > 0. lanes: of the last vector.
+// what out holds if begin > 0. N vectors, or one of which `lanes` count.
 template <int R, int N, class T>
 INLINE void sum_values(const HeadPages<T>& pages, int64_t key, int64_t begin, int64_t end, const float* weights,
                        int64_t col, int lanes, float* out, int64_t out_row) {
+  constexpr int kPair = N > 1 ? 2 : 1;
   Vec sum[R][N] = {};
   if (begin)
-    UNROLL for (int r = 0; r < R; r++) UNROLL for (int n = 0; n < N; n++) sum[r][n] = load(out + r * out_row + col + n * W);
+    UNROLL for (int r = 0; r < R; r++) {
+      UNROLL for (int n = 0; n < N; n++) sum[r][n] = load(out + r * out_row + col + n * W);
+      UNROLL for (int n = 0; n + 1 < N; n += 2) split_pair<T>(sum[r][n], sum[r][n + 1]);
+    }
   const int64_t size = pages.cache.page_size, D = pages.cache.D;
   for (int64_t j = begin; j < end;) {
     const int64_t stop = min(end, j + size - (key + j) % size);  // a page's end
     const T* v = pages.value(key + j) + col;
     for (; j < stop; j++, v += D) {
-      Vec columns[N];
-      UNROLL for (int n = 0; n < N; n++) columns[n] = n == N - 1 && lanes < W ? load(v + n * W, lanes) : load(v + n * W);
-      UNROLL for (int r = 0; r < R; r++) {
-        Vec weight = splat(weights[r * kKeys + j]);
-        UNROLL for (int n = 0; n < N; n++) sum[r][n] = sum[r][n] + weight * columns[n];
+      Vec weight[R];
+      UNROLL for (int r = 0; r < R; r++) weight[r] = splat(weights[r * kKeys + j]);
+      UNROLL for (int n = 0; n < N; n += kPair) {
+        Vec columns[kPair];
+        if constexpr (N > 1)
+          load_pair(v + n * W, columns[0], columns[1]);
+        else
+          columns[0] = lanes < W ? load(v, lanes) : load(v);
+        UNROLL for (int r = 0; r < R; r++)
+          UNROLL for (int i = 0; i < kPair; i++) sum[r][n + i] = multiply_add(weight[r], columns[i], sum[r][n + i]);
       }
     }
   }
-  UNROLL for (int r = 0; r < R; r++) UNROLL for (int n = 0; n < N; n++) store(out + r * out_row + col + n * W, sum[r][n]);
+  UNROLL for (int r = 0; r < R; r++) {
+    UNROLL for (int n = 0; n + 1 < N; n += 2) order_pair<T>(sum[r][n], sum[r][n + 1]);
+    UNROLL for (int n = 0; n < N; n++) store(out + r * out_row + col + n * W, sum[r][n]);
+  }
 }
 
 template <int R, class T>
