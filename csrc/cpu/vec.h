@@ -108,14 +108,23 @@ INLINE void store(float* p, Vec a, int n) {
   for (int i = 0; i < n; i++) p[i] = a[i];
 #endif
 }
+// A copy of n elements is a call, before which every sum in a register goes to memory.
 INLINE Vec load(const bf16* p, int n) {
+#if defined(__AVX512BW__)
+  return widen((HalfVec)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p));
+#else
   HalfVec h = {};
   memcpy(&h, p, 2 * n);
   return widen(h);
+#endif
 }
 INLINE void store(bf16* p, Vec a, int n) {
+#if defined(__AVX512BW__)
+  _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)narrow(a));
+#else
   HalfVec h = narrow(a);
   memcpy(p, &h, 2 * n);
+#endif
 }
 
 // a * b + c, rounded once where the level has the instruction: for sums whose bits must not depend on what the compiler
