@@ -175,6 +175,17 @@ def test_the_other_objects_have_no_avx_code():
 
 
 @needs_binutils
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="reads x86-64 code")
+@pytest.mark.parametrize(("prefix", "disassembled", "lone"), [("engine_avx", "-d", "\tmovsb"), ("level_avx512", "-r", "memcpy")],
+                         ids=["bytes", "tails"])
+def test_vectors_are_not_made_lane_by_lane(prefix, disassembled, lone):
+    """Hundreds where GCC widens vectors of bytes by itself, or where a row's tail is copied, before which every sum is spilled."""
+    for source in LEVEL_TABLES:
+        if Path(source).name.startswith(prefix):
+            assert sum(lone in line for line in lines_of("objdump", disassembled, objects()[source])) < 10, source
+
+
+@needs_binutils
 @pytest.mark.skipif(not COMPILER or os.uname().machine != "x86_64", reason="compiles for x86-64")
 @pytest.mark.parametrize("line", ["inline float shared(float x) { return x * x; } float (*use)(float) = shared;",
                                   "void f(std::vector<float>& v, float x) { v.push_back(x * x); }",

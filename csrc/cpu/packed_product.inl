@@ -140,9 +140,13 @@ INLINE void store_pairs(int16_t* to, IntVec a) {
   }
 }
 INLINE void store_bytes(int8_t* to, IntVec a) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)to, _mm512_maskz_cvtepi32_epi8(0xFFFF, (__m512i)a));
+#else
   typedef int8_t ByteVec __attribute__((vector_size(W)));
   ByteVec bytes = __builtin_convertvector(a, ByteVec);
   memcpy(to, &bytes, sizeof bytes);
+#endif
 }
 
 INLINE float highest_magnitude(const float* x, int64_t n) {

@@ -11,8 +11,11 @@ constexpr int64_t kKeyLanes = 16;
 constexpr int64_t kQueryRows = 4;  // of a tile
 constexpr int64_t kQueryBlock = 64;  // of a task
 
+// GCC 12's own conversions of bytes go lane by lane.
 INLINE Vec load(const int8_t* p) {
-#if defined(__AVX2__) && FASTGPT_VEC_WIDTH == 8
+#if defined(__AVX512F__)
+  return to_floats((IntVec)_mm512_maskz_cvtepi8_epi32(0xFFFF, _mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__) && FASTGPT_VEC_WIDTH == 8
   return to_floats((IntVec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 #else
   typedef int8_t ByteVec __attribute__((vector_size(W)));
@@ -22,9 +25,14 @@ INLINE Vec load(const int8_t* p) {
 #endif
 }
 INLINE Vec load(const int8_t* p, int n) {
+#if defined(__AVX512BW__)
+  const __m128i bytes = _mm_maskz_loadu_epi8((__mmask16)((1u << n) - 1), p);
+  return to_floats((IntVec)_mm512_maskz_cvtepi8_epi32(0xFFFF, bytes));
+#else
   int8_t bytes[W] = {};
   memcpy(bytes, p, n);
   return load(bytes);
+#endif
 }
 
 // Two vectors of numbers from p on. Of bfloat16 ones that lie side by side the first vector gets the even ones and the
