@@ -17,8 +17,8 @@ from test_emulated_avx512 import FILES
 
 TESTS = Path(__file__).parent
 MACHINE = TESTS / "avx512_machine"
-# Instructions that the products of an engine are made of, and the tests that judge them; the ops are the same on all three.
-ENGINE = [f for f in FILES if re.search("engine|packed|paged|sampler", Path(f).name)]
+# The dot products that a processor of a model has, and the tests: ops are the same on all three.
+ENGINE = [f for f in FILES if re.search("engine_bits|packed|paged", Path(f).name)]
 MODELS = {"sapphire_rapids": ("vnni, bf16", FILES), "icelake": ("vnni", ENGINE), "skylake": ("", ENGINE)}
 
 
@@ -28,7 +28,7 @@ def machine_extension(tmp_path_factory):
     return str(build_extension(tmp_path_factory.mktemp("machine"), {"csrc/cpu/isa.cpp": flags}))
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # 12 minutes and twice 4
 @pytest.mark.skipif(importlib.util.find_spec("bochscpu") is None, reason="needs bochscpu-python, an emulated processor")
 @pytest.mark.parametrize("model", MODELS)
 def test_the_ops_on_a_processor_with_avx512(model, machine_extension):
