@@ -108,8 +108,8 @@ void layer_norm_backward_rows(NormBackward<T, P> p, int64_t row, float* dweight,
       Vec dy = load_lanes(p.dy + at + i * p.cols + j, lanes);
       Vec centred = load_lanes(p.x + at + i * p.cols + j, lanes) - mean[i];
       Vec product = dy * centred;
-      sum_g[i] = sum_g[i] + dy * weight;
-      sum_gx[i] = sum_gx[i] + product * weight;
+      sum_g[i] = multiply_add(dy, weight, sum_g[i]);
+      sum_gx[i] = multiply_add(product, weight, sum_gx[i]);
       dw = dw + product * rstd[i];
       db = db + dy;
     }
@@ -126,8 +126,11 @@ void layer_norm_backward_rows(NormBackward<T, P> p, int64_t row, float* dweight,
     UNROLL for (int i = 0; i < R; i++) {
       int64_t k = at + i * p.cols + j;
       Vec centred = load_lanes(p.x + k, lanes) - mean[i];
-      Vec d = (load_lanes(p.dy + k, lanes) * weight - mean_g[i] - centred * slope[i]) * rstd[i];
-      store_result(p.streamed, p.dx + k, p.dtotal ? d + load_lanes(p.dtotal + k, lanes) : d, lanes);
+      Vec d = multiply_add(load_lanes(p.dy + k, lanes), weight, splat(-mean_g[i]));
+      d = multiply_add(centred, splat(-slope[i]), d);
+      // -0, so that without a dtotal it is the product alone.
+      Vec dtotal = p.dtotal ? load_lanes(p.dtotal + k, lanes) : splat(-0.0f);
+      store_result(p.streamed, p.dx + k, multiply_add(d, splat(rstd[i]), dtotal), lanes);
     }
   });
 }
