@@ -25,11 +25,12 @@ Packed packed(const PackedTuple& t) {
   auto [format, N, K, data, bias] = t;
   return {format, N, K, at<uint8_t>(data), at<float>(bias)};
 }
-// (dtype, k, v, k_scale, v_scale, page_size, G, D)
-typedef std::tuple<int, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t> CacheTuple;
+// (dtype, k, v, k_scale, v_scale, page_size, G, D, page_rows)
+typedef std::tuple<int, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t> CacheTuple;
 KvCache cache(const CacheTuple& t) {
-  auto [dtype, k, v, k_scale, v_scale, page_size, G, D] = t;
-  return {dtype, at<void>(k), at<void>(v), at<float>(k_scale), at<float>(v_scale), page_size, G, D};
+  auto [dtype, k, v, k_scale, v_scale, page_size, G, D, page_rows] = t;
+  return {dtype, at<void>(k), at<void>(v), at<float>(k_scale), at<float>(v_scale), page_size, G, D,
+          page_rows};
 }
 typedef std::tuple<uintptr_t, uintptr_t> NormTuple;
 Norm norm(const NormTuple& t) { return {at<float>(std::get<0>(t)), at<float>(std::get<1>(t))}; }

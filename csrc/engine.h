@@ -29,12 +29,13 @@ struct Layer {
 };
 
 // The pages of one layer: k (pages, G, page_size / 16, D, 16), v (pages, G, page_size, D), of dtype; of int8 the scales
-// (pages, G, page_size) of their rows. page_size: a multiple of 16.
+// (pages, G, page_size) of their rows. page_size: a multiple of 16. Pages may lie apart, as other layers' lie between them.
 struct KvCache {
   int dtype;
   void *k, *v;
   float *k_scale, *v_scale;
   int64_t page_size, G, D;
+  int64_t page_rows;  // from a page's first row of D numbers to the next page's: G * page_size where nothing lies between
 };
 
 struct Model {

@@ -71,8 +71,8 @@ struct HeadPages {
   const KvCache& cache;
   const int32_t* table;
   int64_t g;
-  INLINE int64_t slot(int64_t key) const {  // of a head's keys, counted over all pages
-    return ((int64_t)table[key / cache.page_size] * cache.G + g) * cache.page_size + key % cache.page_size;
+  INLINE int64_t slot(int64_t key) const {  // the row of a key, counted from the first page's
+    return table[key / cache.page_size] * cache.page_rows + g * cache.page_size + key % cache.page_size;
   }
   INLINE T* keys(int64_t key) const {  // (D, kKeyLanes) of the 16 keys that `key` is the first of
     return (T*)cache.k + slot(key) * cache.D;

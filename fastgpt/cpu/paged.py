@@ -14,7 +14,7 @@ def _cache(cache):
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"a PagedCache's {name} must be contiguous")
     return (CACHE_DTYPES[str(cache.k.dtype).removeprefix("torch.")], pointer(cache.k), pointer(cache.v), pointer(cache.k_scale),
-            pointer(cache.v_scale), page_size, G, D)
+            pointer(cache.v_scale), page_size, G, D, G * page_size)
 
 
 def _sequences(block_tables, query_lens, context_lens):

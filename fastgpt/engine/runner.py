@@ -13,18 +13,19 @@ class CpuRunner:
         config, layers = weights.config, weights.config.n_layer
         number, dtype = CACHE_DTYPES[cache_dtype], STORAGE[cache_dtype]
         head_size = config.n_embd // config.n_head
-        tokens = num_pages * config.n_head * page_size  # keys of all heads of a layer
         self.bytes_per_token = 2 * layers * config.n_head * (head_size * np.dtype(dtype).itemsize + 4 * (number == 2))
-        size = 2 * layers * (rounded(tokens * head_size * np.dtype(dtype).itemsize) + rounded(4 * tokens))
-        arena = Arena(size, huge=False)  # small pages: only what is used takes memory
-        self._pages = [[arena.take((num_pages, tokens // num_pages * head_size), dtype) for _ in range(2)]
-                       for _ in range(layers)]
-        self._scales = [[arena.take((num_pages, tokens // num_pages), np.float32) for _ in range(2)]
-                        for _ in range(layers if number == 2 else 0)]
+        # A page holds all layers' keys and values: what a sequence uses lies together, in few huge pages.
+        rows, scaled = config.n_head * page_size, number == 2
+        shape = (num_pages, layers, 2, rows)
+        arena = Arena(sum(rounded(num_pages * layers * 2 * rows * width)
+                          for width in (head_size * np.dtype(dtype).itemsize, *[4] * scaled)))
+        self._pages = arena.take((*shape, head_size), dtype)
+        self._scales = arena.take(shape, np.float32) if scaled else None
         caches = []
         for layer in range(layers):
-            scales = map(address, self._scales[layer]) if self._scales else (0, 0)
-            caches.append((number, *map(address, self._pages[layer]), *scales, page_size, config.n_head, head_size))
+            scales = map(address, self._scales[0, layer]) if scaled else (0, 0)
+            caches.append((number, *map(address, self._pages[0, layer]), *scales, page_size, config.n_head, head_size,
+                           layers * 2 * rows))
         sizes = (config.n_embd, config.n_head, config.inner_width, config.vocab_size, ACTIVATIONS[config.activation],
                  config.layer_norm_epsilon)
         self._decoder = _C.Decoder(sizes, weights.layers, caches, weights.ln_f, weights.head, weights.embedding,
@@ -46,6 +47,6 @@ class CpuRunner:
     def copy_pages(self, copies):
         """copies: (page, copy) pairs."""
         for page, copy in copies:
-            for layer in (*self._pages, *self._scales):
-                for array in layer:
+            for array in (self._pages, self._scales):
+                if array is not None:
                     array[copy] = array[page]
