@@ -119,6 +119,13 @@ class GPT(nn.Module):
             if name.endswith("c_proj.weight"):  # 2 * n_layer branches add up in the residual stream
                 nn.init.normal_(p, std=std / math.sqrt(2 * self.config.n_layer))
 
+    def _apply(self, fn, recurse=True):
+        """What moves or converts a module: the engine of `generate` does not keep what was here."""
+        from fastgpt.engine import in_model
+        super()._apply(fn, recurse)
+        in_model.forget_moved(self)
+        return self
+
     def forward(self, idx, targets=None, *, return_logits=True):
         """idx (B, T) token ids -> (logits, loss).
 

@@ -41,6 +41,11 @@ def backend(name):
         _forced = before
 
 
+def forced():
+    """The implementation that was asked for, or "auto"."""
+    return _forced
+
+
 def resolve(op, *tensors, device=None, **options):
     """What answers `op` for these tensors, or for `device` alone: (implementation's name, the reason as text).
 

@@ -1,11 +1,13 @@
 """`GPT.generate` on the engine: when it takes over, and that it never answers with weights of the past."""
 import copy
+import weakref
 
 import pytest
 import torch
 from engines import small_model
+from processes import run_python
 
-from fastgpt import GPT, SamplingParams, ops
+from fastgpt import GPT, LLM, SamplingParams, ops
 from fastgpt.engine import in_model
 
 pytestmark = pytest.mark.skipif(bool(in_model.MISSING), reason="needs the extension")
@@ -54,6 +56,57 @@ def test_the_engine_is_kept_while_nothing_changes_and_goes_with_the_model():
     count = len(in_model._engines)
     del model, engine
     assert len(in_model._engines) == count - 1
+
+
+def test_the_engine_goes_when_the_weights_leave(monkeypatch):
+    """At once, and a GPU's also when they are converted, since it reads them where they were; the CPU's has copies."""
+    model = small_model()
+    greedy(model)
+    model.to("cpu").bfloat16().float()
+    assert model in in_model._engines
+    model.to("meta")
+    assert model not in in_model._engines
+    for move in (lambda m: m.to("meta"), lambda m: m.bfloat16()):
+        model = small_model()
+        greedy(model)
+        state, engine = in_model._engines[model]
+        in_model._engines[model] = ("cuda:0", *state[1:]), engine
+        with monkeypatch.context() as patch:
+            patch.setattr(in_model, "device_of", lambda m: m.lm_head.weight.device.type.replace("cpu", "cuda:0"))
+            model.to("cpu")
+            assert model in in_model._engines
+            move(model)
+            assert model not in in_model._engines
+
+
+def test_a_larger_cache_is_made_when_the_smaller_one_is_gone(monkeypatch):
+    model, gone = small_model(), []
+    rows = [[i] for i in range(40)]
+    expected = model.generate(rows, 50, temperature=0)
+    model = small_model()
+    greedy(model)
+    engine = in_model._engines[model][1]
+    before, make = weakref.ref(engine.runner), engine._backend.runner
+    monkeypatch.setattr(engine._backend, "runner", lambda *sizes: gone.append(before() is None) or make(*sizes))
+    assert model.generate(rows, 50, temperature=0) == expected and gone == [True]
+
+    def none(*sizes):
+        raise MemoryError("none left")
+    monkeypatch.setattr(engine._backend, "runner", none)
+    with pytest.raises(MemoryError, match="none left"):
+        model.generate(rows, 200, temperature=0)
+    monkeypatch.undo()
+    assert model.generate(rows, 50, temperature=0) == expected
+
+
+def test_the_reference_is_refused_by_name():
+    model = small_model()
+    llm = LLM(model)
+    with ops.backend("reference"), pytest.raises(RuntimeError, match="GPT.generate runs on the reference"):
+        llm.generate([[1]], PARAMS)
+    code = "import fastgpt; fastgpt.LLM('nowhere')"
+    result = run_python(code, FASTGPT_BACKEND="reference")
+    assert "RuntimeError: fastgpt.LLM: the backend 'reference' was asked for" in result.stderr
 
 
 class Doubled(GPT):

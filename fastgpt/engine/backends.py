@@ -1,5 +1,7 @@
 """What the engine asks of a device: how weights, pages and steps are made there. This is the CPU's; gpu_backend.py has a GPU's."""
 import contextlib
+import os
+import sys
 
 import numpy as np
 
@@ -23,6 +25,14 @@ def backend_of(device, threads, shared=False):
         raise ValueError("threads are those of the CPU's steps; a GPU has none to be set")
     from fastgpt.engine.gpu_backend import GpuBackend
     return GpuBackend(device, shared)
+
+
+def refuse_the_reference():
+    """The engine has kernels of its own alone."""
+    ops = sys.modules.get("fastgpt.ops")  # which imports torch
+    if (os.environ.get("FASTGPT_BACKEND", "auto") if ops is None else ops.forced()) == "reference":
+        raise RuntimeError("fastgpt.LLM: the backend 'reference' was asked for, by FASTGPT_BACKEND or ops.backend(), but the decode "
+                           "engine has kernels of its own alone; GPT.generate runs on the reference")
 
 
 class CpuBackend:

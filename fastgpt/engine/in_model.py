@@ -134,6 +134,8 @@ class _Engine(LLM):
         if needed > pages.num_pages and pages.free_pages == pages.num_pages:
             self._make_cache(needed * pages.page_size)
 
+        with self._lock:
+            self._close_ended()  # they would keep the cache that they had
     def run(self, requests, ending):
         return self._run(requests, dict.fromkeys(requests, ending))
 
@@ -178,6 +180,15 @@ def _engine_of(model):
             engine = _Engine(model, dtype)
             _engines[model] = state, engine
         return engine
+def forget_moved(model):
+    """Lets the model's engine go, and its memory, where the weights that it has are no longer the model's place or dtype."""
+    with _lock:
+        if model in _engines:
+            device, *_, weights = _engines[model][0]
+            if device != device_of(model) or device != "cpu" and weights != [_fingerprint(p) for p in model.parameters()]:
+                del _engines[model]
+
+
 
 
 def _fingerprint(parameter):

@@ -8,7 +8,7 @@ import numpy as np
 
 from fastgpt.config import GPTConfig, check_int
 from fastgpt.engine import weights as weights_module
-from fastgpt.engine.backends import backend_of, choose
+from fastgpt.engine.backends import backend_of, choose, refuse_the_reference
 from fastgpt.engine.pages import OutOfPages, PageAllocator
 from fastgpt.engine.scheduler import Reservations, Scheduler
 from fastgpt.engine.sequence import Ending, Request
@@ -75,7 +75,8 @@ class LLM:
     _shares_weights = False  # with a model on the same GPU
 
     def __init__(self, model, dtype=None, threads=None, kv_cache_tokens=None, page_size=None, kv_cache_dtype=None,
-                 tokenizer=None, max_step_tokens=STEP_TOKENS, device="cpu"):
+                 tokenizer=None, max_step_tokens=STEP_TOKENS, device="cpu", warm_up=256):
+        refuse_the_reference()
         self._lock = threading.Condition(threading.Lock())  # of steps, pages and reservations; told when pages come free
         self._active, self._ended = [], deque()  # schedulers of calls that run, and of those that are to be closed
         self.max_step_tokens = check_int("max_step_tokens", max_step_tokens, 1)
@@ -97,6 +98,8 @@ class LLM:
         except self._backend.out_of_memory as error:
             raise MemoryError(f"kv_cache_tokens: there is no memory for a cache of {tokens} tokens ({error})") from error
         self._reservations = Reservations(pages)
+        # The memory of the one before comes free first; should there be too little for the new one, there is none.
+        self.runner, self._reservations = None, Reservations(PageAllocator(0, self._page_size))
 
     @property
     def weight_bytes(self):
@@ -158,6 +161,7 @@ class LLM:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if prompts and isinstance(prompts[0], (int, np.integer)):
             prompts = [prompts]
+        refuse_the_reference()
         params = SamplingParams() if params is None else params
         several = isinstance(params, (list, tuple))
         if several and len(params) != len(prompts):
