@@ -10,6 +10,7 @@ from engines import prompt, small_model
 
 from fastgpt import GPT, LLM, GPTConfig, SamplingParams, ops
 from fastgpt.cuda.launch import run
+from fastgpt.engine import in_model
 from fastgpt.extension import _C
 
 pytestmark = pytest.mark.gpu
@@ -18,6 +19,7 @@ GREEDY = SamplingParams(max_tokens=20, temperature=0)
 DRAWN = SamplingParams(max_tokens=12, seed=4, n=3, temperature=0.9, top_k=20, top_p=0.9, min_p=0.01)
 PENALISED = SamplingParams(max_tokens=12, seed=5, temperature=1.2, repetition_penalty=1.3, frequency_penalty=0.4,
                            presence_penalty=0.2, logit_bias={3: 2.0, 5: -1.0})
+TOLD = SamplingParams(max_tokens=15, temperature=0, logprobs=4)
 needs_engine = pytest.mark.skipif(_C is None, reason="needs the extension")
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 
@@ -86,7 +88,7 @@ def waits_as_ever():
 
 
 def on_gpu(model, dtype="float32", device="cuda", **options):
-    return LLM(model, dtype, device=device, **{"kv_cache_tokens": 4000, **options})
+    return LLM(model, dtype, device=device, **{"kv_cache_tokens": 4000, "warm_up": 0, **options})
 
 
 def prompts(seed=0, lengths=(3, 40, 1, 17, 130)):
@@ -178,14 +180,16 @@ def test_a_replayed_graph_has_the_bits_of_its_calls(model, dtype):
         for size, (static, logits, replay) in runner._graphs.items():
             logits.fill_(float("nan"))
             replay()
-            batch = runner._views(*static, size, size, runner._table_width, model.config.block_size)
+            batch = runner._views(static, size, size, runner._table_width, model.config.block_size)
             assert torch.equal(logits, runner._forward(batch)) and logits.isfinite().all()
 
 
 @needs_engine
 def test_a_step_waits_for_nothing(model, monkeypatch):
-    """Neither of prompts nor of tokens, and neither their draws; the second time, when kernels and graphs are there."""
-    llm, params, calls = on_gpu(model), [GREEDY, DRAWN, PENALISED, GREEDY, DRAWN], []
+    """Neither of prompts nor of tokens, and neither their draws and log probabilities; the second time, when kernels and graphs
+    are there."""
+    params, calls = [GREEDY, DRAWN, PENALISED, TOLD, DRAWN], []
+    llm = on_gpu(model)
     llm.generate(prompts(), params)
 
     def watched(name, function):
@@ -197,10 +201,45 @@ def test_a_step_waits_for_nothing(model, monkeypatch):
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         return call
-    for name in ("step", "draw", "copy_pages"):
+    names = {"step", "draws", "draw", "log_probabilities", "report", "copy_pages"}
+    for name in names:
         monkeypatch.setattr(llm.runner, name, watched(name, getattr(llm.runner, name)))
     llm.generate(prompts(), params)
-    assert set(calls) == {"step", "draw", "copy_pages"}
+    assert set(calls) == names
+
+
+@needs_engine
+def test_a_warm_engine_makes_no_graphs(model):
+    llm = on_gpu(model, warm_up=9)
+    assert sorted(llm.runner._graphs) == [1, 2, 4, 8, 16] and llm.free_pages == llm._reservations.pages.num_pages
+    assert ids(llm.generate(prompts(), GREEDY)) == ids(LLM(model).generate(prompts(), GREEDY))
+    assert len(llm.runner._graphs) == 5
+
+
+@needs_engine
+def test_log_probabilities(model):
+    ours, theirs = (llm.generate(prompts(), TOLD) for llm in (on_gpu(model), LLM(model)))
+    for a, b in zip(ours, theirs):
+        for x, y in zip(a.outputs[0].logprobs, b.outputs[0].logprobs, strict=True):
+            assert x.keys() == y.keys()
+            np.testing.assert_allclose(list(x.values()), list(y.values()), atol=2e-5)
+
+
+@needs_engine
+def test_a_model_draws_by_pytorchs_generator():
+    own, text = make(dropout=0.0).eval(), torch.randint(65, (2, 7), device="cuda")
+    def drawn(seed):
+        torch.manual_seed(seed)
+        return own.generate(text, 20)
+    assert torch.equal(drawn(5), drawn(5)) and not torch.equal(drawn(5), drawn(6))
+
+
+@needs_engine
+def test_a_model_that_leaves_the_gpu_leaves_nothing_there():
+    own, text = make(dropout=0.0).eval(), torch.randint(65, (2, 7), device="cuda")
+    own.generate(text, 20)
+    own.cpu()
+    assert own not in in_model._engines
 
 
 @needs_engine

@@ -33,6 +33,14 @@ def run(name, device, *arguments):
         getattr(executor.library, name)(*arguments, stream)
 
 
+def upload(array, device, to=None):
+    """A numpy array as a tensor on the device, in `to` if that is given, without waiting for it."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True) if to is None else to.copy_(tensor, non_blocking=True)
+
+
 def rows(tensor):
     """csrc/cuda/kernels.h's Rows of a tensor whose rows are contiguous."""
     return DTYPES[tensor.dtype], tensor.data_ptr(), tensor.stride(0)

@@ -1,11 +1,12 @@
 """Drawing tokens on the device from rows of logits: csrc/cuda/sampling.cu."""
+import itertools
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from fastgpt.cuda.launch import pointer, rows, run
+from fastgpt.cuda.launch import pointer, rows, run, upload
 from fastgpt.sampling import SamplingParams
 
 MOST_VOCABULARY = 2 ** 20
@@ -63,27 +64,28 @@ def draws_of(drawn, device):
     words = (*WORDS, *(PENALTY_WORDS if penalised else ()))
     host = np.empty((2 + len(words), len(drawn)), np.int32)
     host[:2].reshape(-1).view(np.int64)[:] = [row.seed for row in drawn]
-    for name, to in zip(words, host[2:]):
-        (to if name in WHOLE else to.view(np.float32))[:] = [_word(row, name) for row in drawn]
-    device_words = _upload(host, device)
+    columns = [_words(drawn), _penalty_words(drawn)] if penalised else [_words(drawn)]
+    for name, column, to in zip(words, itertools.chain(*columns), host[2:]):
+        (to if name in WHOLE else to.view(np.float32))[:] = column
+    device_words = upload(host, device)
     found = {name: word if name in WHOLE else word.view(torch.float32) for name, word in zip(words, device_words[2:])}
     found["seed"] = device_words[:2].view(-1).view(torch.int64)
     if penalised:
-        found["history"] = _upload(_histories(drawn), device)
+        found["history"] = upload(_histories(drawn), device)
     if any(row.params.logit_bias for row in drawn):
         found.update(_biases(drawn, device))
     return Draws(**found)
 
 
-def _word(row, name):
-    p = row.params
-    if name in ("sample", "position", "prompt"):
-        return getattr(row, name)
-    if name == "length":
-        return len(row.ids) if p.penalises else 0
-    if name == "top_k":
-        return p.top_k or 0
-    return getattr(p, name + "_penalty" if name in PENALTY_WORDS else name)
+def _words(drawn):
+    """WORDS of each row, a column each."""
+    return zip(*((p.top_k or 0, sample, position, p.temperature, p.top_p, p.min_p)
+                 for p, _, sample, position, _, _ in drawn))
+
+
+def _penalty_words(drawn):
+    return zip(*((row.prompt, len(row.ids) if p.penalises else 0, p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
+                 for row, p in ((row, row.params) for row in drawn)))
 
 
 def _histories(drawn):
@@ -100,13 +102,8 @@ def _biases(drawn, device):
     both = np.empty((2, starts[-1]), np.int32)
     both[0] = [min(i, MOST_VOCABULARY) for row in drawn for i in row.params.logit_bias]
     both[1].view(np.float32)[:] = [bias for row in drawn for bias in row.params.logit_bias.values()]
-    ids, bias = _upload(both, device)
-    return {"bias_starts": _upload(starts.astype(np.int32), device), "bias_ids": ids, "bias": bias.view(torch.float32)}
-
-
-def _upload(array, device):
-    tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    ids, bias = upload(both, device)
+    return {"bias_starts": upload(starts.astype(np.int32), device), "bias_ids": ids, "bias": bias.view(torch.float32)}
 
 
 def sample(logits, draws, out=None):

@@ -64,6 +64,9 @@ class CpuBackend:
     def runner(self, weights, num_pages, page_size, cache_dtype):
         return CpuRunner(weights, num_pages, page_size, cache_dtype, self.threads)
 
+    def warm_up(self, llm, sequences):
+        """Nothing is made late here."""
+
     def advance(self, llm, scheduler, endings, under_way):
         """A step of a scheduler: -> ([(sequence, its new token)], what is under way: never anything here)."""
         step = scheduler.plan()
@@ -71,8 +74,13 @@ class CpuBackend:
         if not step.ready:
             return [], None
         ready, logits = scheduler.fork_ready(step.ready, logits, lambda counts: np.repeat(logits, counts, axis=0))
-        reported = [(s, row.copy()) for s, row in zip(ready, logits) if s.logprobs is not None]
-        return llm.push(scheduler, endings, ready, llm.choose(ready, logits), reported), None
+        reported = [(i, s, logits[i].copy()) for i, s in enumerate(ready) if s.logprobs is not None]
+        tokens = llm.choose(ready, logits)
+        scheduler.drew(ready)
+        made = llm.push(scheduler, endings, ready, tokens)
+        for i, sequence, row in reported:
+            sequence.logprobs.append(log_probabilities(row, tokens[i], sequence.request.params.logprobs))
+        return made, None
 
 
 def choose(logits, known, ready):
@@ -81,6 +89,16 @@ def choose(logits, known, ready):
     tokens = np.empty(len(ready), np.int32)
     _C.sample(address(logits), logits.shape[1], known, [s.draw() for s in ready], address(tokens))
     return tokens.tolist()
+
+
+def log_probabilities(logits, chosen, count):
+    """{token id: log probability} of the `count` likeliest and of the chosen one."""
+    logits = logits.astype(np.float64)
+    logs = logits - logits.max()
+    logs -= np.log(np.exp(logs).sum())
+    likeliest = np.argpartition(-logs, min(count, len(logs) - 1))[:count]
+    ids = dict.fromkeys([*likeliest[np.argsort(-logs[likeliest], kind="stable")].tolist(), chosen])
+    return {i: float(logs[i]) for i in ids}
 
 
 @contextlib.contextmanager

@@ -1,16 +1,20 @@
 """The engine on a GPU: a step is started before the tokens of the one before are known, so that their copy costs nothing."""
+import itertools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from fastgpt import cuda, kernels
 from fastgpt.autograd.tensors import MAX_HEAD_SIZE
 from fastgpt.config import check_int
-from fastgpt.cuda.sampling import MOST_VOCABULARY
+from fastgpt.cuda.paged import MOST_DECODE_ROWS
+from fastgpt.cuda.sampling import MOST_VOCABULARY, Draws
 from fastgpt.engine import gpu_device
 from fastgpt.engine.gpu_runner import CACHE_DTYPES, GpuRunner
 from fastgpt.engine.gpu_weights import GpuWeights
 from fastgpt.extension import LARGEST_PAGE
+from fastgpt.sampling import SamplingParams
 
 CONTEXTS = 256  # full ones that the KV cache holds by default, where there is the memory
 SHARE = 0.8  # of the free memory, at most
@@ -18,13 +22,15 @@ SHARE = 0.8  # of the free memory, at most
 
 @dataclass
 class UnderWay:
-    """A step whose tokens were drawn on the device: tokens (R,) there, `wait` for them here; reported: (sequence, its row of
-    logits) where log probabilities are wanted."""
+    """A step whose tokens were drawn on the device: tokens (R,) there, drawn by `draws`; `wait` for them here, and for the log
+    probabilities of the sequences of which `rows` has the numbers: the `count` likeliest."""
 
     ready: list
     tokens: torch.Tensor
+    draws: Draws
     wait: object
-    reported: list
+    rows: np.ndarray
+    count: int
 
 
 def too_large(config):
@@ -71,10 +77,20 @@ class GpuBackend:
         with self.device.turn():
             return GpuRunner(weights, num_pages, page_size, cache_dtype, self.device)
 
+    def warm_up(self, llm, sequences):
+        """Captures the graphs of batches of up to so many sequences, as far as each can have a page, and runs prompts of a whole
+        step and of a part of one, so that Triton has compiled what these need."""
+        pages = llm.free_pages
+        llm.runner.capture(min(sequences, pages))
+        longest = min(llm.config.block_size, llm.max_step_tokens, pages * llm.runner.page_size)
+        params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+        for length in {longest, min(longest, MOST_DECODE_ROWS + 1)}:
+            llm.generate([[0] * length], params)
+
     def advance(self, llm, scheduler, endings, under_way):
         """Starts a step, then takes in the tokens of the one before: -> ([(sequence, its new token)], what is under way)."""
         made = []
-        if under_way and any(s.request.params.penalises for s in scheduler.running):
+        if under_way and scheduler.penalises:
             made, under_way = self._finish(llm, scheduler, endings, under_way), None  # what is drawn depends on them
         started = self._start(llm, scheduler, under_way)
         if under_way:
@@ -82,7 +98,7 @@ class GpuBackend:
         return made, started
 
     def _start(self, llm, scheduler, under_way):
-        with self.device.turn():
+        with llm.runner.alone():
             return self._start_here(llm, scheduler, under_way)
 
     def _start_here(self, llm, scheduler, under_way):
@@ -93,16 +109,36 @@ class GpuBackend:
         if not step.ready:
             return None
         ready, logits = scheduler.fork_ready(step.ready, logits, lambda counts: llm.runner.repeat(logits, counts))
-        reported = [(s, row.clone()) for s, row in zip(ready, logits) if s.logprobs is not None]
-        tokens = llm.draw(ready, logits)
-        for number, sequence in enumerate(ready):
-            sequence.await_token(number)
-        return UnderWay(ready, tokens, self.device.download(tokens), reported)
+        before = under_way.draws if under_way and under_way.ready == ready else None
+        draws = llm.runner.draws(ready, scheduler.drawn(ready), before)
+        rows = np.array([i for i, s in enumerate(ready) if s.logprobs is not None], np.int64)
+        logs = llm.runner.log_probabilities(logits, rows) if len(rows) else None  # what is drawn from is overwritten
+        found = tokens = llm.runner.draw(logits, draws, llm.known_ids())
+        count = 0
+        if len(rows):
+            count = min(max(ready[i].request.params.logprobs for i in rows), llm.config.vocab_size)
+            found = llm.runner.report(tokens, logs, rows, count)
+        scheduler.drew(ready)
+        return UnderWay(ready, tokens, draws, self.device.download(found), rows, count)
 
-    def _finish(self, llm, scheduler, endings, step):
+    @staticmethod
+    def _finish(llm, scheduler, endings, step):
         """Sequences that ended with the token before have drawn one too many."""
-        tokens = step.wait()
-        going_on = [(s, token) for s, token in zip(step.ready, tokens) if s.finish_reason is None]
-        with self.device.turn():
-            reported = [(s, row.cpu().numpy()) for s, row in step.reported if s.finish_reason is None]
-        return llm.push(scheduler, endings, *(map(list, zip(*going_on)) if going_on else ([], [])), reported)
+        found = step.wait()
+        tokens, going_on = found[:len(step.ready)].tolist(), [s.finish_reason is None for s in step.ready]
+        if len(step.rows):
+            _tell(step, tokens, found[len(tokens):])
+        if all(going_on):
+            return llm.push(scheduler, endings, step.ready, tokens)
+        return llm.push(scheduler, endings, *(list(itertools.compress(column, going_on)) for column in (step.ready, tokens)))
+
+
+def _tell(step, tokens, found):
+    """Gives sequences the log probabilities that `GpuRunner.report` has found."""
+    L = len(step.rows)
+    ids, values = found[:L * step.count].reshape(L, -1), found[L * step.count:].view(np.float32).reshape(L, -1)
+    for row, likeliest, logs in zip(step.rows.tolist(), ids.tolist(), values.tolist()):
+        sequence = step.ready[row]
+        if sequence.finish_reason is None:
+            wanted = sequence.request.params.logprobs
+            sequence.logprobs.append({**dict(zip(likeliest[:wanted], logs)), tokens[row]: logs[-1]})

@@ -4,6 +4,8 @@ import threading
 
 import torch
 
+from fastgpt.cuda.launch import upload
+
 _capturing = threading.Lock()  # one graph at a time in a process
 
 
@@ -31,12 +33,12 @@ class CudaDevice:
         """Memory that the graphs of one runner share: they never run at once."""
         return torch.cuda.graph_pool_handle()
 
-    def upload(self, array):
-        """A numpy array on the device, behind the work that is under way."""
-        return torch.from_numpy(array).pin_memory().to(self.torch, non_blocking=True)
+    def upload(self, array, to=None):
+        """A numpy array on the device, in the tensor `to` if that is given, behind the work that is under way."""
+        return upload(array, self.torch, to)
 
     def download(self, tensor):
-        """Starts a copy to the CPU: -> a function that waits for it and gives the list of the numbers."""
+        """Starts a copy to the CPU: -> a function that waits for it and gives the array."""
         with torch.cuda.device(self.torch):
             host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
             host.copy_(tensor, non_blocking=True)
@@ -45,7 +47,7 @@ class CudaDevice:
 
         def wait():
             arrived.synchronize()
-            return host.tolist()
+            return host.numpy()
         return wait
 
     def capture(self, forward, pool):

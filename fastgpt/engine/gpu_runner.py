@@ -52,6 +52,7 @@ class GpuRunner:
         self._caches = [self._cache(layer) for layer in range(layers)]
         self._pool = device.new_pool()
         self._graphs = {}  # batch size -> (static inputs, logits, replay)
+        self._entered = False
         self._table_width = -(-config.block_size // page_size)
 
     @staticmethod
@@ -78,17 +79,24 @@ class GpuRunner:
                 run("copy_pages", tensor.device, pointer(tensor), count, stride, page_bytes, pointer(pairs), len(copies))
 
     @contextlib.contextmanager
-    def _alone(self):
-        """Within this context nothing that the caller has switched on changes what is computed."""
-        with self.device.turn(), torch.inference_mode(), torch.autocast(self.device.torch.type, enabled=False):
+    def alone(self):
+        """Within this context nothing that the caller has switched on changes what is computed; within itself it changes nothing."""
+        if self._entered:
             yield
+            return
+        with self.device.turn(), torch.inference_mode(), torch.autocast(self.device.torch.type, enabled=False):
+            self._entered = True
+            try:
+                yield
+            finally:
+                self._entered = False
 
     # ---- a step
 
     def step(self, step, logits=None, drawn=None):
         """Runs a scheduler's `Step`: -> the logits (L, V) of its wanted rows, float32 on the device, which the next step may
         overwrite; copied into `logits`, an array, where that is given. drawn: the tokens that the step before drew."""
-        with self._alone():
+        with self.alone():
             if len(step.tokens) == len(step.places) == len(step.wanted) and len(step.places) <= LADDER[-1]:
                 found = self._decode(step, drawn)
             else:
@@ -101,65 +109,78 @@ class GpuRunner:
         """A token for each sequence, by the graph of the next larger batch size."""
         count = len(step.places)
         size = next(size for size in LADDER if size >= count)
-        integers, slots = self._integers(step, list(range(count)), size, self._table_width)
         if size not in self._graphs:
-            static = self.device.upload(integers), self.device.upload(slots)
-            batch = self._views(*static, size, size, self._table_width, self.weights.config.block_size)
-            self._graphs[size] = static, *self.device.capture(lambda: self._forward(batch), self._pool)
+            self._capture(size)
         static, logits, replay = self._graphs[size]
-        static[0].copy_(self.device.upload(integers), non_blocking=True)
-        static[1].copy_(self.device.upload(slots), non_blocking=True)
-        self._fill_in(static[0], step.late, list(range(count)), drawn)
+        self.device.upload(self._integers(step.tokens, step.places, step.tables, size, self._table_width), static)
+        self._fill_in(static[_parts(size, size, 0)[1]], step.late, drawn)
         replay()
         return logits[:count]
 
+    def capture(self, sequences):
+        """The graphs of all batches of up to so many sequences. The largest first: the others find room in its memory."""
+        last = next((i for i, size in enumerate(LADDER) if size >= sequences), len(LADDER) - 1)
+        with self.alone():
+            for size in LADDER[last::-1]:
+                if size not in self._graphs:
+                    self._capture(size)
+
+    def _capture(self, size):
+        """The graph of a batch size, by sequences that it does not have."""
+        nobody = np.empty(0, np.int32), np.empty((0, 3), np.int64), np.empty((0, 0), np.int32)
+        static = self.device.upload(self._integers(*nobody, size, self._table_width))
+        batch = self._views(static, size, size, self._table_width, self.weights.config.block_size)
+        self._graphs[size] = static, *self.device.capture(lambda: self._forward(batch), self._pool)
+
     def _batch(self, step, drawn):
         counts = step.places[:, 1]
-        order = sorted(range(len(counts)), key=lambda i: counts[i] > MOST_DECODE_ROWS)  # stable
-        M, width = len(step.tokens), max(self._pages_of(step))
-        integers, slots = self._integers(step, order, M, width)
-        integers, slots = self.device.upload(integers), self.device.upload(slots)
-        rows = np.concatenate([np.arange(first, first + count) for first, count, _ in step.places[order]])
+        order = np.argsort(counts > MOST_DECODE_ROWS, kind="stable")
+        places, M = step.places[order], len(step.tokens)
+        width = -(-int((places[:, 1] + places[:, 2]).max()) // self.page_size)
+        integers = self.device.upload(self._integers(step.tokens, places, step.tables[order], M, width))
+        rows = np.concatenate([np.arange(first, first + count) for first, count, _ in places])
         new_row = np.empty(M, np.int64)
         new_row[rows] = np.arange(M)
-        self._fill_in(integers, step.late, new_row, drawn)
-        batch = self._views(integers, slots, M, len(order), width, 0)
-        self._divide(batch, step.places[order])
+        batch = self._views(integers, M, len(order), width, 0)
+        self._fill_in(batch.tokens, np.stack((new_row[step.late[0]], step.late[1])), drawn)
+        self._divide(batch, places)
         batch.wanted = self.device.upload(new_row[step.wanted])
         return batch
 
-    def _pages_of(self, step):
-        return [-(-(position + count) // self.page_size) for _, count, position in step.places.tolist()]
-
-    def _integers(self, step, order, M, width):
-        """(tokens, positions, starts of the sequences' rows, their lengths, tables: one int32 array; slots: int64), for M rows;
-        rows and sequences that the step does not have are padding."""
-        S = len(order) if M == len(step.tokens) else M
+    def _integers(self, step_tokens, places, step_tables, M, width):
+        """(slots, of int64; tokens, positions, starts of the sequences' rows, their lengths, tables: one int32 array) of a step's
+        tokens, its sequences' places and tables in their new order, for M rows; those that the step does not have are padding."""
+        count, rows = len(places), len(step_tokens)
+        S = count if M == rows else M
         parts = _parts(M, S, width)
         integers = np.zeros(parts[-1].stop, np.int32)
-        tokens, positions, starts, lengths, tables = (integers[part] for part in parts)
-        tables = tables.reshape(S, width)
-        slots = np.full(M, self._scratch_page * self.page_size, np.int64)
-        tables[len(order):, 0], lengths[len(order):] = self._scratch_page, 1
-        places, rows = step.places[order], len(step.tokens)
+        slots, tokens, positions, starts, lengths, tables = (integers[part] for part in parts)
+        slots, tables = slots.view(np.int64), tables.reshape(S, width)
+        known = min(width, step_tables.shape[1])
+        tables[:count, :known], tables[count:, 0] = step_tables[:, :known], self._scratch_page
         counts, begins = places[:, 1], places[:, 2]
-        starts[1:len(order) + 1] = counts.cumsum()
-        starts[len(order) + 1:] = np.arange(rows + 1, rows + 1 + S - len(order))
-        lengths[:len(order)] = begins + counts
-        for s, (i, used) in enumerate(zip(order, (-(-lengths[:len(order)] // self.page_size)).tolist())):
-            tables[s, :used] = step.tables[i][:used]
-        sequence = np.repeat(np.arange(len(order)), counts)  # of each row
-        place = np.arange(rows) - starts[sequence]  # within its sequence's tokens
-        tokens[:rows] = np.maximum(step.tokens[places[sequence, 0] + place], 0)  # -1: still on its way
-        positions[:rows] = at = begins[sequence] + place
+        np.add(begins, counts, out=lengths[:count], casting="unsafe")
+        lengths[count:] = 1
+        np.cumsum(counts, out=starts[1:count + 1])
+        starts[count + 1:] = np.arange(rows + 1, rows + 1 + S - count)
+        if rows == count:  # a token each, in order
+            sequence, at, source = np.arange(rows), begins, places[:, 0]
+        else:
+            sequence = np.repeat(np.arange(count), counts)  # of each row
+            place = np.arange(rows) - starts[sequence]  # within its sequence's tokens
+            at, source = begins[sequence] + place, places[sequence, 0] + place
+        tokens[:rows] = np.maximum(step_tokens[source], 0)  # -1: still on its way
+        positions[:rows] = at
         slots[:rows] = tables[sequence, at // self.page_size].astype(np.int64) * self.page_size + at % self.page_size
-        return integers, slots
+        slots[rows:] = self._scratch_page * self.page_size
+        return integers
 
-    def _views(self, integers, slots, M, S, width, context):
-        """The parts of such arrays on the device, as a `Batch` of sequences with few tokens."""
-        tokens, positions, starts, lengths, tables = (integers[part] for part in _parts(M, S, width))
+    @staticmethod
+    def _views(integers, M, S, width, context):
+        """The parts of such an array on the device, as a `Batch` of sequences with few tokens."""
+        slots, tokens, positions, starts, lengths, tables = (integers[part] for part in _parts(M, S, width))
         decoding = Sequences(tables.view(S, width), starts, lengths, 1, context)
-        return Batch(tokens, positions, slots, M, decoding, None, None)
+        return Batch(tokens, positions, slots.view(torch.int64), M, decoding, None, None)
 
     @staticmethod
     def _divide(batch, places):
@@ -178,12 +199,18 @@ class GpuRunner:
             return Sequences(*tensors, int(counts[begin:end].max()), int(lengths[begin:end].max()))
         batch.decoding, batch.prompts = part(0, short), part(short, len(counts))
 
-    def _fill_in(self, integers, late, new_row, drawn):
-        """The tokens that were drawn on the device and have not been seen yet; for -1, drawn from no distribution, some other
-        token, since the next thing to be seen is the error."""
-        if late:
-            rows = self.device.upload(np.array([[new_row[row], number] for row, number in late.items()], np.int64))
-            integers[rows[:, 0]] = drawn[rows[:, 1]].clamp(min=0)
+    def _fill_in(self, tokens, late, drawn):
+        """late (2, N): rows of tokens that were drawn on the device and have not been seen yet, and as which they were drawn; for
+        -1, drawn from no distribution, some other token, since the next thing to be seen is the error."""
+        rows, numbers = late
+        if not len(rows):
+            return
+        in_order = np.arange(len(rows))
+        if np.array_equal(rows, in_order) and np.array_equal(numbers, in_order):
+            torch.clamp(drawn[:len(rows)], min=0, out=tokens[:len(rows)])
+        else:
+            rows, numbers = self.device.upload(late)
+            tokens[rows] = drawn[numbers].clamp(min=0)
 
     # ---- the model
 
@@ -212,13 +239,36 @@ class GpuRunner:
 
     # ---- what is drawn
 
-    def draw(self, logits, ready, known):
-        """The next token of each sequence from logits (R, V), of which the first `known` ids count: -> (R,) int32 on the
-        device."""
-        with self._alone():
-            drawn = [Row(s.request.params, s.request.seed, s.sample, s.drawn_length, s.ids[:s.length], len(s.request.prompt))
-                     for s in ready]
-            return sample(logits[:, :known], draws_of(drawn, logits.device))
+    def draws(self, ready, positions, before=None):
+        """How the next token of each sequence is drawn. positions: where it goes. before: the Draws of the step before, if that
+        was of the same sequences; these are changed then."""
+        with self.alone():
+            if before is not None and before.repetition is None:
+                before.position.add_(1)
+                return before
+            return draws_of([Row(s.request.params, s.request.seed, s.sample, position,
+                                 s.ids[:s.length] if s.request.params.penalises else (), len(s.request.prompt))
+                             for s, position in zip(ready, positions.tolist())], self.device.torch)
+
+    def draw(self, logits, draws, known):
+        """The next tokens from logits (R, V), of which the first `known` ids count and which are overwritten: -> (R,) int32 on
+        the device."""
+        with self.alone():
+            return sample(logits[:, :known], draws)
+
+    def log_probabilities(self, logits, rows):
+        """Of some rows of logits (R, V), an array of their numbers: (L, V) float32."""
+        with self.alone():
+            return torch.log_softmax(logits if len(rows) == len(logits) else logits[self.device.upload(rows)], 1)
+
+    def report(self, tokens, logs, rows, count):
+        """(tokens (R,), then for each of the L rows the `count` likeliest ids, (L, count), the log probabilities of these and of
+        the row's token, (L, count + 1), whose bits are those of float32): one int32 tensor."""
+        with self.alone():
+            own = tokens if len(rows) == len(tokens) else tokens[self.device.upload(rows)]
+            values, ids = logs.topk(count, 1)
+            values = torch.cat((values, logs.gather(1, own.clamp(min=0).long()[:, None])), 1)
+            return torch.cat((tokens, ids.int().view(-1), values.view(torch.int32).view(-1)))
 
     @staticmethod
     def repeat(logits, counts):
@@ -227,9 +277,9 @@ class GpuRunner:
 
 
 def _parts(M, S, width):
-    """Where tokens, positions, starts, lengths and tables lie in an array: each from a multiple of 16 bytes on."""
+    """Where slots, tokens, positions, starts, lengths and tables lie in an array: each from a multiple of 16 bytes on."""
     parts, begin = [], 0
-    for size in (M, M, S + 1, S, S * width):
+    for size in (2 * M, M, M, S + 1, S, S * width):
         parts.append(slice(begin, begin + size))
         begin += -(-size // 4) * 4
     return parts

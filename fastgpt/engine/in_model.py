@@ -99,6 +99,9 @@ def generate(model, prompts, params, seeds, known, tokenizer):
     """Yields (row, new token): row counts the prompts' samples. known: how many ids may be drawn, None for all."""
     engine = _engine_of(model)
     torch_draws = seeds is None and params.temperature > 0
+    if torch_draws and engine.on_gpu:
+        # Torch's sampler waits for the device at each step; its generator has its say once, for the whole call.
+        seeds, torch_draws = torch.randint(2 ** 63 - 1, (len(prompts),), device="cpu").tolist(), False
     requests = [Request(i, prompt.tolist(), params, 0 if seeds is None else seeds[i], model.config)
                 for i, prompt in enumerate(prompts)]
     with engine.turn(known, torch_draws):
@@ -108,12 +111,14 @@ def generate(model, prompts, params, seeds, known, tokenizer):
 
 
 class _Engine(LLM):
-    """One generation at a time; without a seed it draws from torch's generator, as nanoGPT does."""
+    """One generation at a time. Without a seed it draws from torch's generator on the CPU, as nanoGPT does."""
 
     _shares_weights = True
 
     def __init__(self, model, dtype):
-        super().__init__(model, dtype, kv_cache_tokens=model.config.block_size, device=device_of(model))
+        device = device_of(model)
+        super().__init__(model, dtype, kv_cache_tokens=model.config.block_size, device=device, warm_up=0)
+        self.on_gpu = device != "cpu"
         self._turn, self.owner = threading.Lock(), None
         self._known, self._torch_draws = None, False
 
@@ -129,13 +134,13 @@ class _Engine(LLM):
     def make_room(self, requests):
         """All requests fit at once, and their prompts into one step, so that their first tokens are drawn together."""
         self.max_step_tokens = max(STEP_TOKENS, sum(len(request.prompt) for request in requests))
+        with self._lock:
+            self._close_ended()  # they would keep the cache that they had
         pages = self._reservations.pages
         needed = sum(request.most_pages(pages) for request in requests)
         if needed > pages.num_pages and pages.free_pages == pages.num_pages:
             self._make_cache(needed * pages.page_size)
 
-        with self._lock:
-            self._close_ended()  # they would keep the cache that they had
     def run(self, requests, ending):
         return self._run(requests, dict.fromkeys(requests, ending))
 
@@ -145,15 +150,8 @@ class _Engine(LLM):
     def choose(self, ready, logits):
         if not self._torch_draws:
             return super().choose(ready, logits)
-        return self._draw_by_torch(ready, torch.from_numpy(logits)).tolist()
-
-    def draw(self, ready, logits):
-        return self._draw_by_torch(ready, logits).int() if self._torch_draws else super().draw(ready, logits)
-
-    def _draw_by_torch(self, ready, logits):
-        rows, params = logits[:, :self.known_ids()], ready[0].request.params
-        counts = _counts(ready, rows.shape[1]).to(rows.device) if params.penalises else None
-        return torch_sampling.choose(rows, params, counts)
+        rows, params = torch.from_numpy(logits[:, :self.known_ids()]), ready[0].request.params
+        return torch_sampling.choose(rows, params, _counts(ready, rows.shape[1]) if params.penalises else None).tolist()
 
 
 def _counts(sequences, V):
@@ -180,6 +178,8 @@ def _engine_of(model):
             engine = _Engine(model, dtype)
             _engines[model] = state, engine
         return engine
+
+
 def forget_moved(model):
     """Lets the model's engine go, and its memory, where the weights that it has are no longer the model's place or dtype."""
     with _lock:
@@ -187,8 +187,6 @@ def forget_moved(model):
             device, *_, weights = _engines[model][0]
             if device != device_of(model) or device != "cpu" and weights != [_fingerprint(p) for p in model.parameters()]:
                 del _engines[model]
-
-
 
 
 def _fingerprint(parameter):

@@ -67,6 +67,8 @@ class LLM:
     the CPU a multiple of 16. kv_cache_dtype: "float32", "bfloat16" or "int8", and on a GPU "float16" or "float8"; by default
     that of the weights, for those of few bits that of what they are multiplied by, bfloat16 on the CPU.
     tokenizer: a `fastgpt.Tokenizer` or a path; by default the directory's own, if it has one.
+    warm_up: on a GPU the most sequences at once for which everything is compiled and captured now, so that no request waits for
+    that; what more needs is made when it is first needed, with 0 all of it.
 
     On the CPU the logits of a token have the same bits whatever else runs, however its prompt was cut, whichever pages it got
     and on any number of threads. Safe to call from several threads; their steps take turns.
@@ -80,6 +82,7 @@ class LLM:
         self._lock = threading.Condition(threading.Lock())  # of steps, pages and reservations; told when pages come free
         self._active, self._ended = [], deque()  # schedulers of calls that run, and of those that are to be closed
         self.max_step_tokens = check_int("max_step_tokens", max_step_tokens, 1)
+        warm_up = check_int("warm_up", warm_up, 0)
         self._backend = backend_of(device, threads, self._shares_weights)
         self._page_size = self._backend.page_size(PAGE_SIZE if page_size is None else page_size)
         if isinstance(model, (str, Path)):
@@ -90,16 +93,18 @@ class LLM:
         self._make_cache(self._backend.cache_tokens(self._weights, self.kv_cache_dtype) if kv_cache_tokens is None else
                          check_int("kv_cache_tokens", kv_cache_tokens, 1, MOST_CACHE_TOKENS))
         self.tokenizer = _tokenizer_of(model, tokenizer)
+        if warm_up:
+            self._backend.warm_up(self, warm_up)
 
     def _make_cache(self, tokens):
         pages = PageAllocator(-(-tokens // self._page_size), self._page_size)
+        # The memory of the one before comes free first; should there be too little for the new one, there is none.
+        self.runner, self._reservations = None, Reservations(PageAllocator(0, self._page_size))
         try:
             self.runner = self._backend.runner(self._weights, pages.num_pages, self._page_size, self.kv_cache_dtype)
         except self._backend.out_of_memory as error:
             raise MemoryError(f"kv_cache_tokens: there is no memory for a cache of {tokens} tokens ({error})") from error
         self._reservations = Reservations(pages)
-        # The memory of the one before comes free first; should there be too little for the new one, there is none.
-        self.runner, self._reservations = None, Reservations(PageAllocator(0, self._page_size))
 
     @property
     def weight_bytes(self):
@@ -156,12 +161,12 @@ class LLM:
 
     def _requests(self, prompts, params):
         """(requests, the prompts' texts or None), all checked."""
+        refuse_the_reference()
         if not hasattr(prompts, "__iter__"):
             raise TypeError(f"prompts must be a text, token ids or a list of such, got {type(prompts).__name__}")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if prompts and isinstance(prompts[0], (int, np.integer)):
             prompts = [prompts]
-        refuse_the_reference()
         params = SamplingParams() if params is None else params
         several = isinstance(params, (list, tuple))
         if several and len(params) != len(prompts):
@@ -251,26 +256,20 @@ class LLM:
         return True
 
     @staticmethod
-    def push(scheduler, endings, ready, new, reported):
-        """The new tokens of sequences, and their log probabilities from the rows of logits (sequence, row) of `reported`."""
+    def push(scheduler, endings, ready, new):
+        """The new tokens of sequences: -> [(sequence, its token)]."""
         if new and min(new) < 0:
             raise ValueError("the model's logits are not finite: there is no distribution to draw from")
-        chosen = dict(zip(ready, new))
-        for sequence, row in reported:
-            sequence.logprobs.append(_log_probabilities(row, chosen[sequence], sequence.request.params.logprobs))
-        for sequence, token in chosen.items():
-            sequence.push(token, endings[sequence.request])
-            if sequence.finish_reason:
+        scheduler.know(ready)
+        made = list(zip(ready, new))
+        for sequence, token in made:
+            if sequence.push(token, endings[sequence.request]):
                 scheduler.finish(sequence)
-        return list(chosen.items())
+        return made
 
     def choose(self, ready, logits):
         """The next token of each sequence on the CPU: logits (R, V), which are overwritten, -> R ids."""
         return choose(logits, self.known_ids(), ready)
-
-    def draw(self, ready, logits):
-        """The same on a GPU: tensors there."""
-        return self.runner.draw(logits, ready, self.known_ids())
 
     def known_ids(self):
         """How many ids may be drawn."""
@@ -296,16 +295,6 @@ class _TextStream:
         if self.stream is None:
             return ""
         return self.filter.push(self.stream.push(token) + (self.stream.flush() if last else ""), bool(last))
-
-
-def _log_probabilities(logits, chosen, count):
-    """{token id: log probability} of the `count` likeliest and of the chosen one."""
-    logits = logits.astype(np.float64)
-    logs = logits - logits.max()
-    logs -= np.log(np.exp(logs).sum())
-    likeliest = np.argpartition(-logs, min(count, len(logs) - 1))[:count]
-    ids = dict.fromkeys([*likeliest[np.argsort(-logs[likeliest], kind="stable")].tolist(), chosen])
-    return {i: float(logs[i]) for i in ids}
 
 
 def _open(model):

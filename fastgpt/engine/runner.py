@@ -39,13 +39,14 @@ class CpuRunner:
         if logits is None:
             logits = np.empty((len(step.wanted), self.weights.config.vocab_size), np.float32)
         sequences = np.empty((len(step.places), 4), np.int64)  # csrc/engine.h's PagedSequence
-        sequences[:, :3], sequences[:, 3] = step.places, [address(table) for table in step.tables]
+        sequences[:, :3] = step.places
+        sequences[:, 3] = address(step.tables) + np.arange(len(sequences)) * step.tables.strides[0]
         self._decoder.step(self.threads or 0, address(step.tokens), len(step.tokens), address(sequences), len(sequences),
                            address(step.wanted), len(step.wanted), address(logits))
         return logits
 
     def copy_pages(self, copies):
-        """copies: (page, copy) pairs."""
+        """copies: (page, copy) pairs, or none."""
         for page, copy in copies:
             for array in (self._pages, self._scales):
                 if array is not None:

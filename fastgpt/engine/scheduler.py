@@ -17,16 +17,16 @@ class Step:
     """Tokens of some sequences, one sequence behind the other.
 
     tokens (M,) int32; places (S, 3) int64: of each sequence its first row, how many rows, and the position of the first;
-    tables: its pages, int32 arrays. wanted (L,) int32: the rows whose logits give the next tokens of the sequences `ready`.
-    late: {row: i} of the tokens (-1 here) that the step before drew as its i-th, and that are still on their way.
+    tables (S, P) int32: its pages. wanted (L,) int32: the rows whose logits give the next tokens of the sequences `ready`.
+    late (2, N) int64: rows of tokens (-1 here) that are still on their way, and as which token the step before drew each.
     """
 
     tokens: np.ndarray
     places: np.ndarray
-    tables: list
+    tables: np.ndarray
     wanted: np.ndarray
     ready: list
-    late: dict
+    late: np.ndarray
 
 
 class Reservations:
@@ -46,6 +46,41 @@ class Reservations:
         self.promised -= count
 
 
+class _Lanes:
+    """Where the running sequences stand, as columns, so that a step costs no look at each: a sequence's lane is its place in them.
+
+    computed: how many of its tokens are in the KV cache; drawn: how many it has; known: those that the host knows; most: how
+    many it may have; room: how many tokens its own pages hold; drawn_at: as which of its step the last was drawn. int64.
+    tables (lanes, width) int32: its pages.
+    """
+
+    NAMES = ("computed", "drawn", "known", "most", "room", "drawn_at")
+
+    def __init__(self, width):
+        self._free, self._numbers = [], np.zeros((len(self.NAMES), 0), np.int64)
+        self.tables = np.zeros((0, width), np.int32)
+
+    def take(self):
+        """A lane of zeros."""
+        if not self._free:
+            count = len(self.tables)
+            self._free = list(range(2 * count + 7, count - 1, -1))
+            self._numbers = np.pad(self._numbers, ((0, 0), (0, count + 8)))
+            self.tables = np.pad(self.tables, ((0, count + 8), (0, 0)))
+            for name, numbers in zip(self.NAMES, self._numbers):
+                setattr(self, name, numbers)
+        return self._free.pop()
+
+    def copy(self, lane):
+        new = self.take()
+        self._numbers[:, new], self.tables[new] = self._numbers[:, lane], self.tables[lane]
+        return new
+
+    def give_back(self, lane):
+        self._numbers[:, lane], self.tables[lane] = 0, 0
+        self._free.append(lane)
+
+
 class Scheduler:
     """The sequences of one call. max_tokens: of a step at most; longer prompts are read in pieces."""
 
@@ -53,8 +88,11 @@ class Scheduler:
         self.reservations, self.pages, self.runner = reservations, reservations.pages, runner
         self.max_tokens = max_tokens
         self.waiting, self.running = deque(requests), []
-        self._tables = {}  # sequence -> its block table as an array
+        self._at = _Lanes(max((self.pages.pages_for(request.most_tokens) for request in requests), default=0))
+        self._order = None  # the lanes of those that run, in order; None when they have changed
+        self._penalises = False  # whether one of them has a penalty
         self._unfinished = {}  # request -> its sequences that still run
+        self._parting = set()  # sequences of several samples that share a prompt still
         self._promised = 0  # pages, to requests of this call
         self.thread = threading.get_ident()
 
@@ -72,51 +110,82 @@ class Scheduler:
 
     def plan(self):
         """The next `Step`, or None where all sequences wait for a token that ends them."""
-        budget, row, ready, tokens, places, tables, wanted, late = self.max_tokens, 0, [], [], [], [], [], {}
-        for sequence in self.running:
-            if sequence.ends_when_known:
-                continue
-            begin, length = sequence.computed, sequence.drawn_length
-            count = min(length - begin, budget)
-            if count == 0:
-                break
-            self._reserve(sequence, count)
-            places.append((row, count, begin))
-            tables.append(self._tables[sequence])
-            tokens.append(sequence.ids[begin:begin + count])
-            sequence.computed += count
-            budget, row = budget - count, row + count
-            if sequence.computed == length:
-                ready.append(sequence)
-                wanted.append(row - 1)
-                if sequence.on_its_way:
-                    late[row - 1] = sequence.drawn_at
-        if not places:
-            return None
-        tokens = tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
-        return Step(tokens, np.array(places, np.int64), tables, np.array(wanted, np.int32), ready, late)
+        at, lanes, running = self._at, self._lanes(), self.running
+        drawn, computed, late = at.drawn[lanes], at.computed[lanes], at.drawn[lanes] > at.known[lanes]
+        left = np.where(late & (drawn >= at.most[lanes]), 0, drawn - computed)  # the last token is never read
+        counts = np.minimum(left, np.maximum(self.max_tokens - (left.cumsum() - left), 0))
+        if not (len(counts) and counts.all()):
+            some = np.flatnonzero(counts)
+            if not len(some):
+                return None
+            running = [running[i] for i in some]
+            lanes, drawn, computed, late, counts = (column[some] for column in (lanes, drawn, computed, late, counts))
+        ends, last = computed + counts, counts.cumsum()
+        for i in np.flatnonzero(ends > at.room[lanes]).tolist():
+            self._reserve(running[i], int(ends[i]))
+        at.computed[lanes] = ends
+        done = ends == drawn
+        ready = running if done.all() else [running[i] for i in np.flatnonzero(done)]
+        late &= done
+        tokens = np.full(last[-1], -1, np.int32)
+        for i in np.flatnonzero(~late).tolist():
+            tokens[last[i] - counts[i]:last[i]] = running[i].ids[computed[i]:ends[i]]
+        places = np.stack((last - counts, counts, computed), axis=1)
+        wanted = (last[done] - 1).astype(np.int32)
+        return Step(tokens, places, at.tables[lanes], wanted, list(ready), np.stack((last[late] - 1, at.drawn_at[lanes[late]])))
+
+    def drew(self, ready):
+        """A step has drawn the next token of each sequence, in this order."""
+        lanes = [sequence.lane for sequence in ready]
+        self._at.drawn[lanes] += 1
+        self._at.drawn_at[lanes] = np.arange(len(lanes))
+
+    def know(self, ready):
+        """The host has learnt the next token of each sequence."""
+        self._at.known[[sequence.lane for sequence in ready]] += 1
+
+    def drawn(self, ready):
+        """How many tokens each sequence has, those that are still on their way among them."""
+        return self._at.drawn[[sequence.lane for sequence in ready]]
+
+    @property
+    def penalises(self):
+        """Whether what is drawn next depends on the tokens so far."""
+        self._lanes()
+        return self._penalises
+
+    def _lanes(self):
+        if self._order is None:
+            self._order = np.array([sequence.lane for sequence in self.running], np.int64)
+            self._penalises = any(sequence.request.params.penalises for sequence in self.running)
+        return self._order
 
     def fork(self, sequence):
         """The samples of a sequence whose prompt has been read: itself and its siblings, which share its pages."""
         siblings = [sequence.sibling(sample) for sample in range(1, sequence.request.params.n)]
+        self._parting.remove(sequence)
         self._unfinished[sequence.request] += len(siblings)
+        at = self.running.index(sequence)
+        self._at.room[sequence.lane] = 0
         for sibling in siblings:
             self.pages.fork(sequence, sibling)
-            self._add(sibling, at=self.running.index(sequence) + sibling.sample)
+            sibling.lane = self._at.copy(sequence.lane)
+        self.running[at + 1:at + 1] = siblings
+        self._order = None
         return [sequence, *siblings]
 
     def fork_ready(self, ready, logits, repeat):
         """Where samples of one prompt part, each gets a row of logits of its own: -> (sequences, their logits).
         repeat(counts): the rows of logits, each so often."""
-        parting = [s.request.params.n > 1 and s.drawn_length == len(s.request.prompt) for s in ready]
-        if not any(parting):
+        if self._parting.isdisjoint(ready):
             return ready, logits
-        groups = [self.fork(s) if parts else [s] for s, parts in zip(ready, parting)]
+        groups = [self.fork(s) if s in self._parting else [s] for s in ready]
         return [s for group in groups for s in group], repeat([len(group) for group in groups])
 
     def finish(self, sequence):
         self.running.remove(sequence)
-        del self._tables[sequence]
+        self._at.give_back(sequence.lane)
+        self._order = None
         self.pages.free(sequence)
         self._unfinished[sequence.request] -= 1
         if self._unfinished[sequence.request] == 0:
@@ -125,9 +194,9 @@ class Scheduler:
 
     def close(self):
         """Ends whatever runs: every page is free again."""
-        for sequence in list(self.running):
-            self.running.remove(sequence)
+        for sequence in self.running:
             self.pages.free(sequence)
+        self.running, self._order = [], None
         self.waiting.clear()
         self._give_back(self._promised)
 
@@ -135,21 +204,22 @@ class Scheduler:
         self._promised -= pages
         self.reservations.give_back(pages)
 
-    def _add(self, sequence, at=None):
-        self._tables[sequence] = np.zeros(self.pages.pages_for(sequence.request.most_tokens), np.int32)
-        if at is None:
-            self.pages.allocate(sequence, 0)
-        self.running.insert(len(self.running) if at is None else at, sequence)
-        self._refresh(sequence)
+    def _add(self, sequence):
+        at, lane = self._at, self._at.take()
+        sequence.lane, at.most[lane] = lane, sequence.request.most_tokens
+        at.drawn[lane] = at.known[lane] = sequence.length
+        self.pages.allocate(sequence, 0)
+        self.running.append(sequence)
+        self._order = None
+        if sequence.request.params.n > 1:
+            self._parting.add(sequence)
 
-    def _reserve(self, sequence, count):
-        """Room in the pages for the next `count` tokens."""
-        before = len(self.pages.table(sequence))
-        copies = self.pages.append(sequence, count)
-        self.runner.copy_pages(copies)
-        if copies or len(self.pages.table(sequence)) != before:
-            self._refresh(sequence)
-
-    def _refresh(self, sequence):
-        table = self.pages.table(sequence)
-        self._tables[sequence][:len(table)] = table
+    def _reserve(self, sequence, end):
+        """Room in the pages for the tokens up to `end`, and then for all that their last page holds; samples that will part
+        count the prompt's tokens in it."""
+        pages = self.pages
+        reach = end if sequence in self._parting else pages.pages_for(end) * pages.page_size
+        self.runner.copy_pages(pages.append(sequence, reach - pages.length(sequence)))
+        table = pages.table(sequence)
+        self._at.room[sequence.lane] = reach
+        self._at.tables[sequence.lane, :len(table)] = table

@@ -26,15 +26,15 @@ class Request:
 
 
 class Sequence:
-    """One of a request's n samples. ids[:length] are its tokens; `computed` of them are in the KV cache. on_its_way: how many
-    more have been drawn but are not known yet, the last of them as number drawn_at of its step."""
+    """One of a request's n samples. ids[:length] are its tokens, those that have been drawn but are not known yet aside; lane:
+    where the scheduler's columns have it."""
 
     def __init__(self, request, sample=0):
         self.request, self.sample = request, sample
-        self.ids = np.empty(request.most_tokens + 1, np.int32)
+        self.most = request.most_tokens
+        self.ids = np.empty(self.most, np.int32)
         self.ids[:len(request.prompt)] = request.prompt
-        self.length, self.computed = len(request.prompt), 0
-        self.on_its_way = self.drawn_at = 0
+        self.length, self.lane = len(request.prompt), None
         self.finish_reason = self.stop_reason = None
         self.logprobs = [] if request.params.logprobs is not None else None
         p, r = request.params, request
@@ -49,23 +49,7 @@ class Sequence:
 
     def sibling(self, sample):
         """Another sample of the same request, which has got no token yet."""
-        other = Sequence(self.request, sample)
-        other.computed = self.computed
-        return other
-
-    @property
-    def drawn_length(self):
-        return self.length + self.on_its_way
-
-    @property
-    def ends_when_known(self):
-        """Whether the last token on its way is the last one that the request may have."""
-        return self.on_its_way > 0 and self.drawn_length >= self.request.most_tokens
-
-    def await_token(self, number):
-        """The next token has been drawn, as the step's number `number`."""
-        self.ids[self.drawn_length] = -1
-        self.on_its_way, self.drawn_at = self.on_its_way + 1, number
+        return Sequence(self.request, sample)
 
     def draw(self):
         """csrc/engine.h's Draw for the next token."""
@@ -75,12 +59,14 @@ class Sequence:
         return (*self._draw, number, *history, *self._bias)
 
     def push(self, token, ending):
-        """ending: an `Ending`, which knows what ends a sequence."""
+        """Whether it has ended. ending: an `Ending`, which knows what ends a sequence."""
         self.ids[self.length] = token
-        self.length, self.on_its_way = self.length + 1, max(0, self.on_its_way - 1)
-        self.finish_reason, self.stop_reason = ending.look(token, self.ids[:self.length], len(self.request.prompt))
-        if self.finish_reason is None and self.length >= self.request.most_tokens:
+        self.length += 1
+        if ending.stop or token in ending.last:
+            self.finish_reason, self.stop_reason = ending.look(token, self.ids[:self.length], len(self.request.prompt))
+        if self.length >= self.most and self.finish_reason is None:
             self.finish_reason = "length"
+        return self.finish_reason is not None
 
 
 class Ending:
@@ -90,6 +76,7 @@ class Ending:
         self.stop, self.decode = params.stop, None if tokenizer is None else tokenizer.decode
         self.ids = set(params.stop_token_ids)
         self.eos = None if tokenizer is None or params.ignore_eos else getattr(tokenizer, "eos_token_id", None)
+        self.last = self.ids | {self.eos}
         # A stop string that has just become whole lies within so many last bytes.
         self.tail = max((len(text.encode()) for text in self.stop), default=0) + 1
 

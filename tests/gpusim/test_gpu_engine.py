@@ -1,4 +1,5 @@
 """`fastgpt.LLM(device="cuda")` on the CPU's tensors, every kernel by its simulated twin: the same tokens as the CPU's engine."""
+import sys
 import threading
 
 import cuda_shim
@@ -9,7 +10,7 @@ from engines import V, prompt, small_model
 from plain_device import plain_gpu
 from versions import simulable
 
-from fastgpt import LLM, SamplingParams
+from fastgpt import LLM, SamplingParams, ops
 from fastgpt.engine import gpu_runner, in_model
 
 pytestmark = [pytest.mark.skipif(bool(cuda_shim.missing()), reason=str(cuda_shim.missing())),
@@ -29,7 +30,7 @@ def gpu():
 
 
 def gpu_llm(model, dtype="float32", **options):
-    return LLM(model, dtype, device="cuda", **{"kv_cache_tokens": 400, "page_size": 7, **options})
+    return LLM(model, dtype, device="cuda", **{"kv_cache_tokens": 400, "page_size": 7, "warm_up": 0, **options})
 
 
 def prompts(seed=0, lengths=(3, 40, 1, 17)):
@@ -57,13 +58,64 @@ def test_drawn_tokens_are_those_of_the_cpu(gpu, model):
     assert ids(gpu_llm(model).generate(prompts(1), params)) == ids(LLM(model).generate(prompts(1), params))
 
 
-def test_log_probabilities(gpu, model):
-    params = SamplingParams(max_tokens=4, temperature=0, logprobs=3)
+@pytest.mark.parametrize("told", [[3, 3, 3, 3], [None, 5, None, 0]], ids=["of all", "of some"])
+def test_log_probabilities(gpu, model, told):
+    """Beside requests without any, of samples that part, with penalties, and to the end of each."""
+    params = [SamplingParams(max_tokens=3 + i, seed=i, logprobs=count, n=1 + i % 2, repetition_penalty=1.2 if i == 3 else 1.0)
+              for i, count in enumerate(told)]
     ours, theirs = (llm.generate(prompts(2), params) for llm in (gpu_llm(model), LLM(model)))
-    for a, b in zip(ours, theirs):
-        for x, y in zip(a.outputs[0].logprobs, b.outputs[0].logprobs, strict=True):
-            assert x.keys() == y.keys()
-            np.testing.assert_allclose(list(x.values()), list(y.values()), atol=2e-5)
+    assert ids(ours) == ids(theirs)
+    for a, b, count in zip(ours, theirs, told):
+        for mine, other in zip(a.outputs, b.outputs):
+            assert (mine.logprobs is None) == (other.logprobs is None) == (count is None)
+            for x, y in zip(mine.logprobs or (), other.logprobs or (), strict=True):
+                assert x.keys() == y.keys() and len(x) >= count
+                np.testing.assert_allclose(list(x.values()), list(y.values()), atol=2e-5)
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The names of the tensors' methods that wait for the device, as the engine calls them."""
+    found = []
+
+    def watched(name, right):
+        def call(*arguments, **options):
+            if sys._getframe(1).f_globals["__name__"].startswith(("fastgpt.engine", "fastgpt.cuda", "fastgpt.torch_sampling")):
+                found.append(name)
+            return right(*arguments, **options)
+        return call
+    for name in ("cpu", "item", "tolist", "numpy", "nonzero", "__bool__", "__int__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, watched(name, getattr(torch.Tensor, name)))
+    return found
+
+
+def test_a_step_waits_for_nothing(gpu, model, waits):
+    """But for the tokens of the step before, which a download brings."""
+    params = [GREEDY, SamplingParams(max_tokens=5, seed=3, n=3), SamplingParams(max_tokens=4, presence_penalty=0.5, logprobs=2),
+              SamplingParams(max_tokens=6, logprobs=4)]
+    llm = gpu_llm(model)
+    assert [len(out.outputs[0].token_ids) for out in llm.generate(prompts(3), params)] == [6, 5, 4, 6] and waits == []
+    llm.logits(prompts(3)[0])
+    assert waits, "they are seen"
+
+
+def test_how_tokens_are_drawn_is_told_the_device_when_it_changes(gpu, model, monkeypatch):
+    told, right = [], gpu_runner.draws_of
+    monkeypatch.setattr(gpu_runner, "draws_of", lambda drawn, device: told.append(len(drawn)) or right(drawn, device))
+    params = [SamplingParams(max_tokens=count, seed=count) for count in (12, 5, 12, 12)]
+    assert ids(gpu_llm(model).generate(prompts(13), params)) == ids(LLM(model).generate(prompts(13), params))
+    assert told == [4, 3]
+
+
+def test_graphs_are_there_before_the_first_request(gpu, model, monkeypatch):
+    monkeypatch.setattr(gpu_runner, "LADDER", (1, 2, 4, 8, 16))
+    llm = gpu_llm(model, warm_up=5)
+    assert list(llm.runner._graphs) == [8, 4, 2, 1] and gpu.captures == 4 and llm.free_pages == 58
+    assert ids(llm.generate(prompts(), GREEDY)) == ids(LLM(model).generate(prompts(), GREEDY)) and gpu.captures == 4
+    assert list(gpu_llm(model, kv_cache_tokens=14).runner._graphs) == []
+    assert list(LLM(model, "float32", device="cuda", kv_cache_tokens=14, page_size=7).runner._graphs) == [2, 1], "pages for two"
+    with pytest.raises(ValueError, match="warm_up"):
+        gpu_llm(model, warm_up=-1)
 
 
 def test_logits(gpu, model):
@@ -173,14 +225,38 @@ def test_a_model_generates_on_it(gpu, model, monkeypatch):
     assert not torch.equal(changed, expected) and torch.equal(own.generate(text, 8, temperature=0.0), changed)
 
 
-def test_a_model_draws_by_pytorchs_generator(gpu, monkeypatch):
-    own, text = small_model(), torch.tensor([prompts()[0]])
-    torch.manual_seed(5)
-    expected = own.generate(text, 8, top_k=9)
+@pytest.fixture
+def on_gpu(gpu, monkeypatch):
+    """Models' weights are said to be on a GPU."""
     monkeypatch.setattr(in_model, "device_of", lambda model: "cuda")
     monkeypatch.setattr(in_model, "KERNELS", {"cuda": "triton"})
+
+
+def test_a_model_draws_by_pytorchs_generator(on_gpu, waits):
+    """Which is asked for a seed for each prompt, once, on the host."""
+    own, text = small_model(), torch.tensor([prompts()[0]] * 2)
+
+    def drawn(seed):
+        torch.manual_seed(seed)
+        return own.generate(text, 8, top_k=9, n=2)
+    first = drawn(5)
+    assert torch.equal(first, drawn(5)) and len({tuple(row.tolist()) for row in (*first, *drawn(6))}) == 8
     torch.manual_seed(5)
-    assert torch.equal(own.generate(text, 8, top_k=9), expected)
+    seeds = torch.randint(2 ** 63 - 1, (2,)).tolist()
+    assert torch.equal(own.generate(text, 8, top_k=9, n=2, seed=seeds), first)
+    torch.manual_seed(5)
+    own.generate(text, 8, temperature=0)
+    assert torch.randint(2 ** 63 - 1, (2,)).tolist() == seeds, "greedy tokens leave it alone"
+    assert set(waits) == {"tolist"}, "of the seeds and the prompts, which the host has"
+
+
+def test_the_reference_is_refused(gpu, model):
+    llm = gpu_llm(model)
+    with ops.backend("reference"):
+        for call in (lambda: gpu_llm(model), lambda: llm.generate(prompts(), GREEDY), lambda: llm.logits([1]),
+                     lambda: next(llm.stream(prompts(), GREEDY))):
+            with pytest.raises(RuntimeError, match="'reference' was asked for"):
+                call()
 
 
 def test_sizes_that_the_kernels_lack_are_refused(gpu, monkeypatch):
