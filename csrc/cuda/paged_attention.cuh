@@ -18,7 +18,6 @@ namespace cuda {
 
 constexpr int kWarps = 4;
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr unsigned kAll = 0xFFFFFFFFu;
 
 struct AttentionArguments {
   PagedCache cache;
@@ -128,12 +127,12 @@ struct KeyQueue {
         const int column = (load * S::kLanes + lane % S::kLanes) * 16;
         const bool there = wanted && column < row_bytes;
         const int64_t at = there ? row * row_bytes + column : 0;
-        dev::cp_async16(slot(stage, 0, turn) + load * 512, (const char*)a.cache.k + at, there);
-        dev::cp_async16(slot(stage, 1, turn) + load * 512, (const char*)a.cache.v + at, there);
+        dev::cp_async<16>(slot(stage, 0, turn) + load * 512, (const char*)a.cache.k + at, there);
+        dev::cp_async<16>(slot(stage, 1, turn) + load * 512, (const char*)a.cache.v + at, there);
       }
       if (S::kScaled) {
-        dev::cp_async4(scale_slot(stage, 0, turn), a.cache.k_scale + row, wanted);
-        dev::cp_async4(scale_slot(stage, 1, turn), a.cache.v_scale + row, wanted);
+        dev::cp_async<4>(scale_slot(stage, 0, turn), a.cache.k_scale + row, wanted);
+        dev::cp_async<4>(scale_slot(stage, 1, turn), a.cache.v_scale + row, wanted);
       }
     }
   }
@@ -192,7 +191,7 @@ struct RowState {
 #pragma unroll
         for (int i = 0; i < S::kNumbers; i++) product = fmaf(q[r][i], k[i], product);
 #pragma unroll
-        for (int o = S::kLanes / 2; o; o /= 2) product += __shfl_xor_sync(kAll, product, o);
+        for (int o = S::kLanes / 2; o; o /= 2) product += __shfl_xor_sync(dev::kAllLanes, product, o);
         if (S::kScaled) product *= scale;
         x[r][turn] = key >= first[r] && key <= last[r] ? product : -INFINITY;
       }
@@ -232,13 +231,13 @@ struct RowState {
     for (int o = S::kLanes; o < 32; o *= 2)
 #pragma unroll
       for (int r = 0; r < R; r++) {
-        const float other = __shfl_xor_sync(kAll, top[r], o), new_top = fmaxf(top[r], other);
+        const float other = __shfl_xor_sync(dev::kAllLanes, top[r], o), new_top = fmaxf(top[r], other);
         const float base = new_top == -INFINITY ? 0.0f : new_top;
         const float mine = dev::ex2(top[r] - base), theirs = dev::ex2(other - base);
-        weight[r] = fmaf(weight[r], mine, __shfl_xor_sync(kAll, weight[r], o) * theirs), top[r] = new_top;
+        weight[r] = fmaf(weight[r], mine, __shfl_xor_sync(dev::kAllLanes, weight[r], o) * theirs), top[r] = new_top;
 #pragma unroll
         for (int i = 0; i < S::kNumbers; i++)
-          sum[r][i] = fmaf(sum[r][i], mine, __shfl_xor_sync(kAll, sum[r][i], o) * theirs);
+          sum[r][i] = fmaf(sum[r][i], mine, __shfl_xor_sync(dev::kAllLanes, sum[r][i], o) * theirs);
       }
   }
 };
@@ -259,16 +258,16 @@ __device__ __forceinline__ float3 add_partials(const float* parts, int64_t strid
 }
 
 // The warps' results of a chunk into one, which goes to `partial` or, where it is the only chunk, to out. sums: the
-// first warp's part of the shared memory that the last stage has left free, a warp's (R, kD) numerators.
+// first warp's part of the shared memory that the last stage has left free, a warp's (R, kD) numerators; tops: the maxima and the
+// sums of the weights.
 template <class T, int kD, int R>
 __device__ __forceinline__ void end_chunk(const AttentionArguments& a, const Place& p, RowState<T, kD, R>& state, int chunk,
-                                          bool bad, float* sums) {
+                                          bool bad, float* sums, float (&tops)[kWarps][R][2]) {
   typedef Shape<T, kD, R> S;
   constexpr int kWarpFloats = S::kStages * S::kStageBytes / 4;
-  __shared__ float tops[kWarps][R][2];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, D = (int)a.cache.D;
   state.add_lanes();
-  bad = __ballot_sync(kAll, bad) != 0;
+  bad = __ballot_sync(dev::kAllLanes, bad) != 0;
   __syncwarp();  // every lane has read its keys
   if (lane < S::kLanes)
 #pragma unroll
@@ -297,6 +296,7 @@ template <class T, int kD, int R>
 __global__ void __launch_bounds__(32 * kWarps) paged_attention_kernel(AttentionArguments a) {
   typedef Shape<T, kD, R> S;
   DYNAMIC_SHARED(char, shared);
+  __shared__ float tops[kWarps][R][2];
   const Place place = find_place<R>(a);
   if (place.rows <= 0 || place.begin >= place.end) return;
   KeyQueue<T, kD, R> keys(a, place, shared);
@@ -316,7 +316,7 @@ __global__ void __launch_bounds__(32 * kWarps) paged_attention_kernel(AttentionA
     state.take(keys, stage);
     if ((stage + 1) % (kChunk / S::kBlockKeys) != 0 && stage + 1 < end) continue;
     end_chunk<T, kD, R>(a, place, state, stage / (kChunk / S::kBlockKeys), keys.bad,
-                        (float*)(shared + stage % S::kStages * S::kStageBytes));
+                        (float*)(shared + stage % S::kStages * S::kStageBytes), tops);
     state.clear();
   }
   dev::cp_wait<0>();

@@ -5,6 +5,15 @@
 #include <stddef.h>
 #include <stdint.h>
 
+namespace dev {
+
+// Bytes of dynamic shared memory for which no limit has to be raised: a block gets 48 KB unasked, its static memory among them.
+constexpr size_t kSharedUnasked = 32 * 1024;
+
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;  // of a warp: a mask
+
+}  // namespace dev
+
 #ifndef __CUDACC__
 #include "cusim.h"
 #else
@@ -21,9 +30,6 @@
   type* name = reinterpret_cast<type*>(dynamic_shared_)
 
 namespace dev {
-
-// Bytes of dynamic shared memory for which no limit has to be raised: a block gets 48 KB unasked, its static memory among them.
-constexpr size_t kSharedUnasked = 32 * 1024;
 
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void* stream, const A&... arguments) {
@@ -43,23 +49,22 @@ inline const char* launch_error() {
 #define FASTGPT_SM75 1
 #endif
 
-// Copies 16 bytes to shared memory, or writes zeros when !ok; both addresses are multiples of 16, and one that is not ok
-// is not read. Done when its group, closed by cp_commit, is waited for: cp_wait<n> leaves the last n groups under way.
-__device__ __forceinline__ void cp_async16(void* shared, const void* global, bool ok) {
+// Copies kBytes (16 or 4) to shared memory, or writes zeros when !ok; both addresses are multiples of that, and one that is not
+// ok is not read. Done when its group, closed by cp_commit, is waited for: cp_wait<n> leaves the last n groups under way.
+template <int kBytes>
+__device__ __forceinline__ void cp_async(void* shared, const void* global, bool ok) {
+  static_assert(kBytes == 16 || kBytes == 4, "");
 #ifdef FASTGPT_SM75
-  *static_cast<uint4*>(shared) = ok ? *static_cast<const uint4*>(global) : make_uint4(0, 0, 0, 0);
+  if constexpr (kBytes == 16)
+    *static_cast<uint4*>(shared) = ok ? *static_cast<const uint4*>(global) : make_uint4(0, 0, 0, 0);
+  else
+    *static_cast<uint32_t*>(shared) = ok ? *static_cast<const uint32_t*>(global) : 0;
 #else
-  unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(ok ? 16 : 0) : "memory");
-#endif
-}
-// The same of 4 bytes.
-__device__ __forceinline__ void cp_async4(void* shared, const void* global, bool ok) {
-#ifdef FASTGPT_SM75
-  *static_cast<uint32_t*>(shared) = ok ? *static_cast<const uint32_t*>(global) : 0;
-#else
-  unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(global), "r"(ok ? 4 : 0) : "memory");
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared)), read = ok ? kBytes : 0;
+  if constexpr (kBytes == 16)  // past the first cache
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(read) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(global), "r"(read) : "memory");
 #endif
 }
 __device__ __forceinline__ void cp_commit() {

@@ -24,7 +24,6 @@ namespace {
 
 typedef unsigned long long Sum;
 
-constexpr unsigned kAll = 0xFFFFFFFFu;
 constexpr float kOne = 1099511627776.0f;  // the likeliest's weight: 2**40, of which 2**20 have room in 64 bits
 constexpr int kDigitBits = 11, kBins = 1 << kDigitBits;
 constexpr int kFew = 256;            // ids that a warp goes over alone
@@ -58,7 +57,7 @@ __device__ __forceinline__ int digit(unsigned key, int d) { return d == 2 ? key 
 
 __device__ __forceinline__ Sum sum_of_warp(Sum a) {
 #pragma unroll
-  for (int o = 16; o; o /= 2) a += __shfl_xor_sync(kAll, a, o);
+  for (int o = 16; o; o /= 2) a += __shfl_xor_sync(dev::kAllLanes, a, o);
   return a;
 }
 
@@ -79,13 +78,13 @@ __device__ __forceinline__ int likeliest(int V, Logit logit, Shared& shared) {
 #pragma unroll 4
   for (int id = threadIdx.x; id < V; id += blockDim.x) {
     const float a = logit(id);
-    const unsigned key = a == a ? order_key(a + 0.0f) : kAll;  // -0 becomes 0
-    const Sum entry = (Sum)key << 32 | (kAll - (unsigned)id);
+    const unsigned key = a == a ? order_key(a + 0.0f) : ~0u;  // -0 becomes 0
+    const Sum entry = (Sum)key << 32 | (~0u - (unsigned)id);
     if (entry > top) top = entry;
   }
 #pragma unroll
   for (int o = 16; o; o /= 2) {
-    const Sum other = __shfl_xor_sync(kAll, top, o);
+    const Sum other = __shfl_xor_sync(dev::kAllLanes, top, o);
     if (other > top) top = other;
   }
   if (threadIdx.x % 32 == 0) shared.sums[threadIdx.x / 32] = top;
@@ -93,7 +92,7 @@ __device__ __forceinline__ int likeliest(int V, Logit logit, Shared& shared) {
   for (int w = 0; w < (int)blockDim.x / 32; w++)
     if (shared.sums[w] > top) top = shared.sums[w];
   __syncthreads();
-  return (int)(kAll - (unsigned)top);
+  return (int)(~0u - (unsigned)top);
 }
 
 // Which lane's part first lifts the running sum, `before` so far, above the goal; `before` grows by the parts before it.
@@ -102,11 +101,11 @@ __device__ __forceinline__ int choose(Sum part, Sum goal, Sum& before) {
   Sum running = part;
 #pragma unroll
   for (int o = 1; o < 32; o *= 2) {
-    const Sum other = __shfl_up_sync(kAll, running, o);
+    const Sum other = __shfl_up_sync(dev::kAllLanes, running, o);
     if (lane >= o) running += other;
   }
-  const int chosen = __ffs(__ballot_sync(kAll, before + running > goal)) - 1;
-  before += __shfl_sync(kAll, running - part, chosen);
+  const int chosen = __ffs(__ballot_sync(dev::kAllLanes, before + running > goal)) - 1;
+  before += __shfl_sync(dev::kAllLanes, running - part, chosen);
   return chosen;
 }
 

@@ -43,8 +43,8 @@ __device__ __forceinline__ float row_scale(const S* from, int D, int lane) {
   }
 #pragma unroll
   for (int o = 16; o; o /= 2) {
-    top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, o));
-    odd += __shfl_xor_sync(0xFFFFFFFFu, odd, o);
+    top = fmaxf(top, __shfl_xor_sync(dev::kAllLanes, top, o));
+    odd += __shfl_xor_sync(dev::kAllLanes, odd, o);
   }
   return top / kLargest<T> + odd;
 }

@@ -144,6 +144,8 @@ MUTATIONS = [
          "equals and 64 and bfloat16"),
     cuda("the scales of the values", "paged_attention.cuh", "S::kScaled ? x[r][turn] * scale :", "S::kScaled ? x[r][turn] :",
          "equals and int8"),
+    cuda("shared memory that is not asked for", "platform.cuh", "kSharedUnasked = 32 * 1024", "kSharedUnasked = 48 * 1024",
+         "equals and 64 and bfloat16"),
     cuda("a page below 0", "paged_attention.cuh", "page >= 0 && page < a.cache.pages", "page < a.cache.pages", "not_there"),
     cuda("a row is stored too far", "store_kv.cu", "c < chunks; c += 32", "c <= chunks; c += 32", "address", "sanitizers"),
     cuda("chunks that depend on the walk", "paged_attention.cuh", "if ((stage + 1) % (kChunk / S::kBlockKeys) != 0 && ", "if (",

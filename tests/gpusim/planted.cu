@@ -8,7 +8,6 @@ namespace fastgpt {
 namespace cuda {
 
 constexpr int kThreads = 64;
-constexpr unsigned kAll = 0xFFFFFFFFu;
 
 // The numbers of a block in the opposite order, through shared memory.
 template <bool kBarrier>
@@ -27,7 +26,7 @@ __global__ void streamed(const float* in, float* out, int n) {
   float sum[4] = {};
   const auto fetch = [&](int t) {
     const int at = 4 * threadIdx.x;
-    if (t < n) dev::cp_async16(tiles + t % 2 * 4 * kThreads + at, in + t * 4 * kThreads + at, true);
+    if (t < n) dev::cp_async<16>(tiles + t % 2 * 4 * kThreads + at, in + t * 4 * kThreads + at, true);
     dev::cp_commit();
   };
   fetch(0);
@@ -90,7 +89,7 @@ __global__ void early_end(const float* in, float* out, int n) {
 }
 
 __global__ void lanes_missing(const float* in, float* out, int n) {
-  if (threadIdx.x < 16) out[threadIdx.x] = __shfl_xor_sync(kAll, in[threadIdx.x], 1);
+  if (threadIdx.x < 16) out[threadIdx.x] = __shfl_xor_sync(dev::kAllLanes, in[threadIdx.x], 1);
 }
 __global__ void lane_outside_its_mask(const float* in, float* out, int n) {
   out[threadIdx.x] = __shfl_xor_sync(0xFFFFu, in[threadIdx.x], 1);
@@ -99,13 +98,13 @@ __global__ void lane_outside_the_mask_read(const float* in, float* out, int n) {
   if (threadIdx.x < 16) out[threadIdx.x] = __shfl_sync(0xFFFFu, in[threadIdx.x], 16);
 }
 __global__ void masks_that_disagree(const float* in, float* out, int n) {
-  out[threadIdx.x] = __shfl_xor_sync(threadIdx.x % 32 < 16 ? kAll : 0xFFFF0000u, in[threadIdx.x], 1);
+  out[threadIdx.x] = __shfl_xor_sync(threadIdx.x % 32 < 16 ? dev::kAllLanes : 0xFFFF0000u, in[threadIdx.x], 1);
 }
 __global__ void different_shuffles(const float* in, float* out, int n) {
   if (threadIdx.x % 2) {
-    out[threadIdx.x] = __shfl_xor_sync(kAll, in[threadIdx.x], 1);
+    out[threadIdx.x] = __shfl_xor_sync(dev::kAllLanes, in[threadIdx.x], 1);
   } else {
-    out[threadIdx.x] = __shfl_xor_sync(kAll, in[threadIdx.x], 3);
+    out[threadIdx.x] = __shfl_xor_sync(dev::kAllLanes, in[threadIdx.x], 3);
   }
 }
 // Both halves of a warp at once, each among itself.
@@ -120,13 +119,13 @@ __global__ void halves(const float* in, float* out, int n) {
 template <int kOffset, bool kWaits>
 __global__ void one_copy(const float* in, float* out, int n) {
   DYNAMIC_SHARED(float, tile);
-  dev::cp_async16(tile + 4 * threadIdx.x + kOffset, in, true);
+  dev::cp_async<16>(tile + 4 * threadIdx.x + kOffset, in, true);
   dev::cp_commit();
   if (kWaits) dev::cp_wait<0>();
 }
 __global__ void zero_filled(const float* in, float* out, int n) {
   DYNAMIC_SHARED(float, tile);
-  dev::cp_async16(tile + 4 * threadIdx.x, in + 4 * threadIdx.x, (int)threadIdx.x < n);
+  dev::cp_async<16>(tile + 4 * threadIdx.x, in + 4 * threadIdx.x, (int)threadIdx.x < n);
   dev::cp_commit();
   dev::cp_wait<0>();
   for (int i = 0; i < 4; i++) out[4 * threadIdx.x + i] = tile[4 * threadIdx.x + i];
@@ -162,12 +161,12 @@ __global__ void counted(const float* in, float* out, int n) {
 __global__ void shuffles(const float* in, float* out, int n) {
   const float x = in[threadIdx.x];
   float* to = out + threadIdx.x;
-  to[0 * 32] = __shfl_sync(kAll, x, 3, n);
-  to[1 * 32] = __shfl_up_sync(kAll, x, 2, n);
-  to[2 * 32] = __shfl_down_sync(kAll, x, 2, n);
-  to[3 * 32] = __shfl_xor_sync(kAll, x, 5, n);
-  to[4 * 32] = (float)(__ballot_sync(kAll, x > 9.0f) >> 8);
-  to[5 * 32] = (float)(__any_sync(kAll, x > 30.5f) * 2 + __all_sync(kAll, x > 30.5f));
+  to[0 * 32] = __shfl_sync(dev::kAllLanes, x, 3, n);
+  to[1 * 32] = __shfl_up_sync(dev::kAllLanes, x, 2, n);
+  to[2 * 32] = __shfl_down_sync(dev::kAllLanes, x, 2, n);
+  to[3 * 32] = __shfl_xor_sync(dev::kAllLanes, x, 5, n);
+  to[4 * 32] = (float)(__ballot_sync(dev::kAllLanes, x > 9.0f) >> 8);
+  to[5 * 32] = (float)(__any_sync(dev::kAllLanes, x > 30.5f) * 2 + __all_sync(dev::kAllLanes, x > 30.5f));
   to[6 * 32] = (float)(__syncthreads_or(x > 30.5f) * 2 + __syncthreads_and(x > 30.5f));
 }
 
@@ -249,6 +248,9 @@ const std::map<std::string, Planted> kPlanted = {
     {"numbers", {numbers, 1, 0}},
     {"too many threads", {numbers, 1025, 0}},
     {"too much shared", {numbers, 1, 1 << 20}},
+    {"too much with the static", {unwritten_static<8 * 1024>, kThreads, 40 * 1024}},
+    {"more than is given unasked", {unwritten_static<5 * 1024>, kThreads, 32 * 1024}},
+    {"all that is given unasked", {unwritten_static<4 * 1024>, kThreads, 32 * 1024}},
 };
 
 void planted(const std::string& name, const float* in, float* out, int n, unsigned blocks) {

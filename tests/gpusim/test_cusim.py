@@ -1,4 +1,5 @@
 """The CPU's simulation of CUDA: kernels with planted faults are refused, those without run right, and numbers are CUDA's."""
+import re
 from unittest import mock
 
 import cuda_shim
@@ -9,7 +10,7 @@ from cuda_executors import Shim, running_cuda
 if cuda_shim.missing():
     pytest.skip(cuda_shim.missing(), allow_module_level=True)
 
-from cuda_module import Pointer
+from cuda_module import Pointer, static_shared
 from cuda_sanitizers import call, captured, missing, sanitize
 
 from fastgpt.cuda import launch
@@ -60,7 +61,7 @@ def test_a_wait_for_too_little_shows_in_late_copies(planted):
 
 
 def test_shared_memory_is_nan_in_every_block(planted):
-    for name in ("unwritten static", "unwritten dynamic"):
+    for name in ("unwritten static", "unwritten dynamic", "all that is given unasked"):
         assert run(planted, name, torch.ones(64), blocks=3, size=192).isnan().all(), name
 
 
@@ -85,7 +86,9 @@ FAULTS = {"divergent barrier": r"divergent barrier: __syncthreads planted.cu:\d+
           "no dynamic shared": "DYNAMIC_SHARED in a launch without shared bytes",
           "trap": r"__trap \[block \(0, 0, 0\), thread \(40, 0, 0\)\]",
           "too many threads": r"planted\(n=3, blocks=1\): invalid configuration argument",
-          "too much shared": r"planted\(n=3, blocks=1\): invalid argument \(1048576 bytes of shared memory, sm_75 has 65536\)"}
+          "too much shared": r"planted\(n=3, blocks=1\): invalid argument \(1048576 bytes of shared memory, sm_75 has 65536\)",
+          "too much with the static": r"invalid argument \(73728 bytes of shared memory, sm_75 has 65536\)",
+          "more than is given unasked": r"invalid argument \(53248 bytes of shared memory, 49152 are given unasked\)"}
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -153,6 +156,12 @@ def test_recorded_launches(planted):
     with pytest.raises(ZeroDivisionError), cuda_shim.launches(planted, lambda *launched: 1 / 0):
         run(planted, "streamed")
     assert not run(planted, "copied", n=5, size=5).isnan().any(), "and runs again"
+
+
+def test_shared_arrays_are_a_kernels_own():
+    """Those of a function that it calls would be counted as nobody's."""
+    functions = {symbol for symbol, *_ in static_shared(cuda_shim.build()) if symbol.startswith("_ZN7fastgpt4cuda")}
+    assert len(functions) > 20 and all(re.match(r"_ZN7fastgpt4cuda\d+\w*?_kernelI", symbol) for symbol in functions), functions
 
 
 def calls(*names, n=3):

@@ -27,8 +27,10 @@ void copy_async(void* shared, const void* global, bool ok) {
 
 namespace dev {
 
-inline void cp_async16(void* shared, const void* global, bool ok) { cusim::copy_async<16>(shared, global, ok); }
-inline void cp_async4(void* shared, const void* global, bool ok) { cusim::copy_async<4>(shared, global, ok); }
+template <int kBytes>
+void cp_async(void* shared, const void* global, bool ok) {
+  cusim::copy_async<kBytes>(shared, global, ok);
+}
 inline void cp_commit() { cusim::close_group(); }
 template <int N>
 void cp_wait() {

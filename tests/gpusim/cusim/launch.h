@@ -16,7 +16,8 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, vo
   const auto call = [&] { std::apply(kernel, arguments); };
   const auto bytes_of = [](const auto&... a) { return std::array<cusim::Argument, sizeof...(P)>{{{&a, sizeof a}...}}; };
   const auto bytes = std::apply(bytes_of, arguments);
-  cusim::run({reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, bytes.data(), (int)bytes.size()},
+  cusim::run({reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, shared_bytes > kSharedUnasked, bytes.data(),
+              (int)bytes.size()},
              [](const void* of) { (*static_cast<const decltype(call)*>(of))(); }, &call);
 }
 

@@ -27,7 +27,8 @@ int thread_count = 0, alive = 0;
 
 namespace {
 
-constexpr size_t kMostShared = 64 * 1024;  // that a block can have on every architecture from sm_75 on
+constexpr size_t kMostShared = 64 * 1024;  // that a block can have on every architecture from sm_75 on, static memory included
+constexpr size_t kUnaskedShared = 48 * 1024;  // of that, what it gets where its kernel's limit was not raised
 constexpr unsigned kMostThreads = 1024, kMostBlocks = 65535;  // blocks: of y and z
 
 bool random_order = false;
@@ -145,14 +146,16 @@ std::vector<uint3> blocks_of(dim3 grid) {
   return blocks;
 }
 
-std::string refusal(const Launch& l) {
+std::string refusal(const Launch& l, const std::string& symbol) {
   const uint64_t block_threads = (uint64_t)l.block.x * l.block.y * l.block.z;
   const bool empty = !block_threads || !l.grid.x || !l.grid.y || !l.grid.z;
   const bool many = l.grid.x > INT32_MAX || l.grid.y > kMostBlocks || l.grid.z > kMostBlocks || l.block.z > 64;
   if (empty || many || block_threads > kMostThreads) return "invalid configuration argument";
-  if (l.shared_bytes <= kMostShared) return "";
-  return "invalid argument (" + std::to_string(l.shared_bytes) + " bytes of shared memory, sm_75 has " +
-         std::to_string(kMostShared) + ")";
+  size_t shared = l.shared_bytes;
+  for (auto [offset, bytes] : static_shared[symbol]) shared += bytes;
+  if (shared <= (l.asked ? kMostShared : kUnaskedShared)) return "";
+  return "invalid argument (" + std::to_string(shared) + " bytes of shared memory, " +
+         (l.asked ? "sm_75 has " + std::to_string(kMostShared) : std::to_string(kUnaskedShared) + " are given unasked") + ")";
 }
 
 void run_blocks(const Launch& launch, const Dl_info& found) {
@@ -214,7 +217,7 @@ void run(const Launch& launch, void (*body)(const void*), const void* arguments)
   if (!dladdr(launch.kernel, &found) || found.dli_saddr != launch.kernel) {
     throw Error("a kernel without a symbol: it is static, or in a namespace without a name");
   }
-  const std::string refused = told_error.empty() ? refusal(launch) : std::exchange(told_error, "");
+  const std::string refused = told_error.empty() ? refusal(launch, found.dli_sname) : std::exchange(told_error, "");
   if (!refused.empty()) {
     error_of_launch = refused;
   } else if (recorder) {

@@ -66,6 +66,7 @@ struct Launch {
   const void* kernel;
   dim3 grid, block;
   size_t shared_bytes;
+  bool asked;  // whether the limit of dynamic shared memory was raised for it
   const Argument* arguments;
   int argument_count;
 };
