@@ -1,6 +1,7 @@
 """What nvcc makes of the CUDA kernels, executed: right numbers, every access inside of a tensor, no race between warps."""
 import re
 
+import cuda_shim
 import nvcc
 import pytest
 import torch
@@ -58,6 +59,22 @@ def test_copied_pages(machine):
         expected[:, 0], expected[:, 3] = pages[:, 4], pages[:, 1]
         launch.run("copy_pages", pages.device, pages.data_ptr(), 3, 5 * size, size, pairs.data_ptr(), 2)
         assert torch.equal(pages, expected)
+
+
+# What newer processors have an instruction for, and the same of sm_80: test_ptx_opcodes.py compares their results.
+NEWER = [(r"cvt\.f32\.bf16 (%f\d+), (%rs\d+);", r"mov.b32 \1, {0,\2};"),
+         (r"\{ sub\.bf16x2 (%r\d+),(%r\d+),(%r\d+); \}",
+          r"{.reg .b32 c;\n  mov.b32 c, 0xbf80bf80U;\n  fma.rn.bf16x2 \1,\3,c,\2;}")]
+
+
+@pytest.mark.parametrize("arch", [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (89, 100, 120))])
+@pytest.mark.parametrize("source", cuda_shim.kernel_sources(), ids=lambda path: path.stem)
+def test_what_is_executed_for_sm_80_is_what_newer_processors_get(source, arch):
+    """Instruction by instruction, so that one execution speaks for all."""
+    text = nvcc.ptx(source, arch).replace(f".target sm_{arch}", ".target sm_80")
+    for newer, older in NEWER:
+        text = re.sub(newer, older, text)
+    assert text.splitlines() == nvcc.ptx(source, 80).splitlines()
 
 
 PLANTED = {"a barrier removed": (r"bar\.sync[^;]*;", "", "race in shared memory"),

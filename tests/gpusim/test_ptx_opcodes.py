@@ -250,6 +250,19 @@ def test_packed_halves(name, element, packed):
     torch.testing.assert_close(result.view(element).reshape(64, 2), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("newer", "older"), [
+    ("cvt.f32.bf16 %r31, %h0;", "mov.b32 %r31, {0, %h0};"),
+    ("sub.bf16x2 %r31, %r0, %r1;", "mov.b32 %r2, 0xbf80bf80U; fma.rn.bf16x2 %r31, %r1, %r2, %r0;")])
+def test_what_sm_90_has_an_instruction_for(newer, older):
+    """Every number of 16 bits, beside all others in some order."""
+    a = torch.arange(2 ** 16, dtype=torch.int32).to(torch.int16).view(-1, 512)
+    b = a.flatten()[torch.randperm(2 ** 16)].view(-1, 512)
+    for words in torch.stack((a, b), 1).view(torch.int32):
+        results = [run_word(f"mov.b32 {{%h0, %h1}}, %r0; {body}", words.t().contiguous()) for body in (newer, older)]
+        found, expected = (result.view(torch.float32 if "cvt" in newer else torch.bfloat16) for result in results)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("name", ["add.rn", "mul.rn", "fma.rn"])
 def test_packed_float32(name):
     numbers = torch.randn(64, 3, 2)
