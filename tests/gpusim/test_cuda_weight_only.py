@@ -7,10 +7,13 @@ import pytest
 import torch
 from cuda_machine import running_machine_code
 from numerics import assert_accurate
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastgpt import reference
 from fastgpt.cuda import weight_only
 from fastgpt.cuda.weight_only import MOST_TOKENS, pack, weight_only_linear
+from fastgpt.engine import gpu_runner
 
 pytestmark = [pytest.mark.skipif(bool(cuda_shim.missing()), reason=str(cuda_shim.missing())),
               pytest.mark.usefixtures("one_thread")]
@@ -122,6 +125,34 @@ def test_many_rows_go_through_numbers_made_of_the_weights(cuda):
         packed, x = weights(format, 24, 100, True), torch.randn(MOST_TOKENS + 1, 100).bfloat16()
         check(x, packed, "relu", torch.randn(len(x), 24).bfloat16())
     assert weight_only_linear(x[:0], packed).shape == (0, 24)
+
+
+class MovedBytes(TorchDispatchMode):
+    """Counts what PyTorch's ops read and write, views aside."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        read, written = ([x for x in tree_leaves(of) if isinstance(x, torch.Tensor)] for of in ((args, kwargs), result))
+        places = {x.untyped_storage().data_ptr() for x in read}
+        if not any(x.untyped_storage().data_ptr() in places for x in written):
+            self.count += sum(x.nbytes for x in (*read, *written))
+        return result
+
+
+@pytest.mark.parametrize(("format", "moved"), [("int8", 33), ("int4", 37)])
+def test_how_many_tokens_the_kernel_is_the_cheaper_way_for(format, moved):
+    """By bytes, as fastgpt/cuda/weight_only.py says; the graphs' batches are among them."""
+    packed, x = weights(format, 512, 512), torch.randn(16, 512).bfloat16()
+    with MovedBytes() as many:
+        weight_only._many(x, packed, None, None)
+    assert many.count / 512 ** 2 == pytest.approx(moved, abs=0.5)
+    of_pass = (packed.data.nbytes + packed.scales.nbytes * (format == "int4")) / 512 ** 2 + 2 * weight_only.PASS / weight_only.OUTPUTS
+    assert of_pass == weight_only.PASS_BYTES[format]
+    assert MOST_TOKENS / weight_only.PASS * of_pass / weight_only.L2_RATE < moved and gpu_runner.LADDER[-1] <= MOST_TOKENS
 
 
 def test_packed_weights_are_near_the_weights():
