@@ -201,7 +201,7 @@ def test_a_step_waits_for_nothing(model, monkeypatch):
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         return call
-    names = {"step", "draws", "draw", "log_probabilities", "report", "copy_pages"}
+    names = {"step", "draws", "next_draws", "draw", "log_probabilities", "report", "copy_pages"}
     for name in names:
         monkeypatch.setattr(llm.runner, name, watched(name, getattr(llm.runner, name)))
     llm.generate(prompts(), params)

@@ -109,8 +109,8 @@ class GpuBackend:
         if not step.ready:
             return None
         ready, logits = scheduler.fork_ready(step.ready, logits, lambda counts: llm.runner.repeat(logits, counts))
-        before = under_way.draws if under_way and under_way.ready == ready else None
-        draws = llm.runner.draws(ready, scheduler.drawn(ready), before)
+        again = under_way and under_way.ready == ready and not scheduler.penalises
+        draws = llm.runner.next_draws(under_way.draws) if again else llm.runner.draws(ready, scheduler.drawn(ready))
         rows = np.array([i for i, s in enumerate(ready) if s.logprobs is not None], np.int64)
         logs = llm.runner.log_probabilities(logits, rows) if len(rows) else None  # what is drawn from is overwritten
         found = tokens = llm.runner.draw(logits, draws, llm.known_ids())

@@ -239,13 +239,15 @@ class GpuRunner:
 
     # ---- what is drawn
 
-    def draws(self, ready, positions, before=None):
-        """How the next token of each sequence is drawn. positions: where it goes. before: the Draws of the step before, if that
-        was of the same sequences; these are changed then."""
+    def next_draws(self, draws):
+        """How each sequence's token behind the one that was drawn so is drawn: the same Draws, changed."""
         with self.alone():
-            if before is not None and before.repetition is None:
-                before.position.add_(1)
-                return before
+            draws.position.add_(1)
+            return draws
+
+    def draws(self, ready, positions):
+        """How the next token of each sequence is drawn. positions: where it goes."""
+        with self.alone():
             return draws_of([Row(s.request.params, s.request.seed, s.sample, position,
                                  s.ids[:s.length] if s.request.params.penalises else (), len(s.request.prompt))
                              for s, position in zip(ready, positions.tolist())], self.device.torch)

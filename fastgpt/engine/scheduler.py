@@ -29,6 +29,19 @@ class Step:
     late: np.ndarray
 
 
+@dataclass
+class _Steady:
+    """A step of all that run, a token each, which goes on as it is: the columns of `_Lanes` do not have yet that it was planned,
+    drawn and learnt so often. first: how many tokens the first sequence had drawn then; left: how often it may go on."""
+
+    step: Step
+    first: int
+    left: int
+    planned: int = 0
+    drawn: int = 0
+    known: int = 0
+
+
 class Reservations:
     """How many of an allocator's pages are promised to requests: shared by all that run on it."""
 
@@ -89,6 +102,7 @@ class Scheduler:
         self.max_tokens = max_tokens
         self.waiting, self.running = deque(requests), []
         self._at = _Lanes(max((self.pages.pages_for(request.most_tokens) for request in requests), default=0))
+        self._steady = None
         self._order = None  # the lanes of those that run, in order; None when they have changed
         self._penalises = False  # whether one of them has a penalty
         self._unfinished = {}  # request -> its sequences that still run
@@ -109,7 +123,11 @@ class Scheduler:
                              f"{self.waiting[0].most_pages(self.pages)}")
 
     def plan(self):
-        """The next `Step`, or None where all sequences wait for a token that ends them."""
+        """The next `Step`, which the one after it may overwrite, or None where all sequences wait for a token that ends them."""
+        steady = self._steady
+        if steady is not None and steady.left > 0 and steady.drawn == steady.planned + 1:
+            return self._go_on(steady)
+        self._settle()
         at, lanes, running = self._at, self._lanes(), self.running
         drawn, computed, late = at.drawn[lanes], at.computed[lanes], at.drawn[lanes] > at.known[lanes]
         left = np.where(late & (drawn >= at.most[lanes]), 0, drawn - computed)  # the last token is never read
@@ -132,20 +150,60 @@ class Scheduler:
             tokens[last[i] - counts[i]:last[i]] = running[i].ids[computed[i]:ends[i]]
         places = np.stack((last - counts, counts, computed), axis=1)
         wanted = (last[done] - 1).astype(np.int32)
-        return Step(tokens, places, at.tables[lanes], wanted, list(ready), np.stack((last[late] - 1, at.drawn_at[lanes[late]])))
+        step = Step(tokens, places, at.tables[lanes], wanted, list(ready), np.stack((last[late] - 1, at.drawn_at[lanes[late]])))
+        if len(ready) == last[-1] == len(self.running) and not self._parting and late.any() == late.all():
+            left = np.minimum(at.room[lanes], at.most[lanes] - 1) - ends
+            self._steady = _Steady(step, int(drawn[0]), int(left.min()))
+        return step
+
+    def _go_on(self, steady):
+        step, ready = steady.step, steady.step.ready
+        step.places[:, 2] += 1
+        steady.planned, steady.left = steady.planned + 1, steady.left - 1
+        if steady.first + steady.drawn > ready[0].length:  # and so it is with all
+            if steady.planned == 1 or not step.late.size:
+                step.tokens, step.late = np.full(len(ready), -1, np.int32), np.tile(np.arange(len(ready)), (2, 1))
+        else:
+            step.tokens = np.array([sequence.ids[sequence.length - 1] for sequence in ready], np.int32)
+            step.late = step.late[:, :0]
+        return step
+
+    def _settle(self):
+        """Brings the columns up to date."""
+        steady, self._steady = self._steady, None
+        if steady is None or self._order is None:
+            return
+        at, lanes = self._at, self._order
+        at.computed[lanes] += steady.planned
+        at.known[lanes] += steady.known
+        if steady.drawn:
+            at.drawn[lanes] += steady.drawn
+            at.drawn_at[lanes] = np.arange(len(lanes))
+
+    def _change(self):
+        """Those that run become others."""
+        self._settle()
+        self._order = None
 
     def drew(self, ready):
         """A step has drawn the next token of each sequence, in this order."""
+        if self._steady is not None and ready is self._steady.step.ready:
+            self._steady.drawn += 1
+            return
         lanes = [sequence.lane for sequence in ready]
         self._at.drawn[lanes] += 1
         self._at.drawn_at[lanes] = np.arange(len(lanes))
 
     def know(self, ready):
         """The host has learnt the next token of each sequence."""
+        if self._steady is not None and ready is self._steady.step.ready:
+            self._steady.known += 1
+            return
         self._at.known[[sequence.lane for sequence in ready]] += 1
 
     def drawn(self, ready):
         """How many tokens each sequence has, those that are still on their way among them."""
+        self._settle()
         return self._at.drawn[[sequence.lane for sequence in ready]]
 
     @property
@@ -163,15 +221,14 @@ class Scheduler:
     def fork(self, sequence):
         """The samples of a sequence whose prompt has been read: itself and its siblings, which share its pages."""
         siblings = [sequence.sibling(sample) for sample in range(1, sequence.request.params.n)]
+        self._change()
         self._parting.remove(sequence)
         self._unfinished[sequence.request] += len(siblings)
         at = self.running.index(sequence)
-        self._at.room[sequence.lane] = 0
         for sibling in siblings:
             self.pages.fork(sequence, sibling)
             sibling.lane = self._at.copy(sequence.lane)
         self.running[at + 1:at + 1] = siblings
-        self._order = None
         return [sequence, *siblings]
 
     def fork_ready(self, ready, logits, repeat):
@@ -183,9 +240,9 @@ class Scheduler:
         return [s for group in groups for s in group], repeat([len(group) for group in groups])
 
     def finish(self, sequence):
+        self._change()
         self.running.remove(sequence)
         self._at.give_back(sequence.lane)
-        self._order = None
         self.pages.free(sequence)
         self._unfinished[sequence.request] -= 1
         if self._unfinished[sequence.request] == 0:
@@ -196,7 +253,8 @@ class Scheduler:
         """Ends whatever runs: every page is free again."""
         for sequence in self.running:
             self.pages.free(sequence)
-        self.running, self._order = [], None
+        self._change()
+        self.running = []
         self.waiting.clear()
         self._give_back(self._promised)
 
@@ -205,12 +263,12 @@ class Scheduler:
         self.reservations.give_back(pages)
 
     def _add(self, sequence):
+        self._change()
         at, lane = self._at, self._at.take()
         sequence.lane, at.most[lane] = lane, sequence.request.most_tokens
         at.drawn[lane] = at.known[lane] = sequence.length
         self.pages.allocate(sequence, 0)
         self.running.append(sequence)
-        self._order = None
         if sequence.request.params.n > 1:
             self._parting.add(sequence)
 
