@@ -4,11 +4,10 @@ import torch
 
 from fastgpt import ops
 from fastgpt.cuda.weight_only import pack, weight_only_linear
-from fastgpt.engine.weights import ModelTensor, shapes
+from fastgpt.engine.weights import FEW_BITS, ModelTensor, balance, shapes
 from fastgpt.layout import EMBEDDING, HEAD, POSITIONS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FEW_BITS = ("int8", "int4")
 
 
 class Dense:
@@ -55,16 +54,26 @@ class GpuWeights:
         del self._tensors
 
     def _layer(self, name):
-        return {"ln_1": self._norm(f"{name}.ln_1"), "qkv": self._matrix(f"{name}.attn.c_attn"),
-                "proj": self._matrix(f"{name}.attn.c_proj"), "ln_2": self._norm(f"{name}.ln_2"),
-                "fc": self._matrix(f"{name}.mlp.c_fc"), "out": self._matrix(f"{name}.mlp.c_proj")}
+        ln_1, qkv = self._behind_norm(f"{name}.ln_1", f"{name}.attn.c_attn")
+        ln_2, fc = self._behind_norm(f"{name}.ln_2", f"{name}.mlp.c_fc")
+        return {"ln_1": ln_1, "qkv": qkv, "proj": self._matrix(f"{name}.attn.c_proj"), "ln_2": ln_2, "fc": fc,
+                "out": self._matrix(f"{name}.mlp.c_proj")}
 
     def _norm(self, name):
         return self._tensor(f"{name}.weight"), self._tensor(f"{name}.bias")
 
-    def _matrix(self, name):
+    def _behind_norm(self, norm, matrix):
+        """A norm and the matrix that takes its output."""
+        vectors = self._norm(norm)
+        if self.dtype not in FEW_BITS:
+            return vectors, self._matrix(matrix)
+        highest = self._tensor(f"{matrix}.weight").abs().amax(0)
+        factors = torch.from_numpy(balance(highest.float().cpu().numpy())).to(highest)
+        return tuple(None if v is None else v / factors for v in vectors), self._matrix(matrix, factors)
+
+    def _matrix(self, name, factors=1):
         weight, bias = self._tensor(f"{name}.weight"), self._tensor(f"{name}.bias")
-        return FewBits(weight, bias, self.dtype) if self.dtype in FEW_BITS else Dense(weight, bias)
+        return FewBits(weight * factors, bias, self.dtype) if self.dtype in FEW_BITS else Dense(weight, bias)
 
     def _head(self, name):
         weight = self.embedding if name == EMBEDDING else self._tensor(name)

@@ -27,6 +27,7 @@ from fastgpt.layout import (
 )
 
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}  # kernels' numbers, csrc/engine.h
+FEW_BITS = ("int8", "int4")
 # safetensors' names of what can be read: numpy's dtype to read it with, and the kernels' number where they take it.
 STORED = {"F32": (np.float32, 0), "BF16": (np.uint16, 1), "F16": (np.float16, None), "F64": (np.float64, None)}
 ROWS = 4096  # of an embedding, read at a time
@@ -141,13 +142,14 @@ def as_floats(array, number):
     return array
 
 
-def balance(weight):
-    """(K,) powers of two, at least 1, by which the columns of a weight (N, K) grow and the norm before it shrinks, exactly.
+def balance(highest):
+    """(K,) powers of two, at least 1, by which the columns of a weight grow and the norm before it shrinks, exactly. highest:
+    (K,) float32, the largest magnitude in each column.
 
     Where a column is far smaller than the others the norm's output is, as a rule, far larger (the outlier channels of GPT-2),
-    and would take the bits of its neighbours that share a scale with it. After Nagel et al. 2019, arXiv:1906.04721.
+    and the one or the other would be lost among the neighbours that share a scale with it. After Nagel et al. 2019,
+    arXiv:1906.04721.
     """
-    highest = np.maximum(weight.max(0), -weight.min(0))
     with np.errstate(divide="ignore", invalid="ignore"):
         powers = np.exp2(np.floor(np.log2(np.median(highest) / highest)))
     return np.clip(np.nan_to_num(powers, nan=1.0, posinf=MOST_BALANCE), 1.0, MOST_BALANCE).astype(np.float32)
@@ -223,10 +225,10 @@ class PackedWeights:
         """A weight, as read, with its columns balanced against the norm before it where the format is of integers."""
         block, _, part = name.removesuffix(".weight").rpartition(".h.")[2].partition(".")
         norm = NORM_BEFORE.get(part)
-        if self.dtype not in ("int8", "int4") or norm is None:
+        if self.dtype not in FEW_BITS or norm is None:
             return rows, number
         rows = as_floats(rows, number)
-        factors = self._balance[f"transformer.h.{block}.{norm}"] = balance(rows)
+        factors = self._balance[f"transformer.h.{block}.{norm}"] = balance(np.maximum(rows.max(0), -rows.min(0)))
         return rows * factors, 0
 
     def _bias(self, name, N):

@@ -6,7 +6,7 @@ import cuda_shim
 import numpy as np
 import pytest
 import torch
-from engines import V, prompt, small_model
+from engines import V, prompt, small_model, with_outliers
 from plain_device import plain_gpu
 from versions import simulable
 
@@ -134,6 +134,17 @@ def test_every_dtype(gpu, model, dtype, cache):
     allowed = {"bfloat16": 0.02, "float16": 0.05}  # the latter's keys are float8
     assert error(found) < (allowed.get(dtype) or 0.02 + 1.2 * error(LLM(model, dtype).logits(text)))
     assert len(llm.generate([text], GREEDY)[0].outputs[0].token_ids) == 6
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_outlier_channels_do_not_cost_the_others(gpu, model, dtype):
+    text = prompts(4, (30,))[0]
+
+    def error(model):
+        expected = LLM(model).logits(text)
+        return np.linalg.norm(gpu_llm(model, dtype).logits(text) - expected) / np.linalg.norm(expected)
+
+    assert error(with_outliers(model, 100.0)) < 1.5 * error(model)
 
 
 def test_an_end_is_noticed_one_step_later_and_not_told(gpu, model):
