@@ -19,6 +19,7 @@ SHAPES = [  # B, H, G, T, S, D, causal, with a key mask
     (1, 2, 1, 70, 70, 96, True, False),
     (1, 2, 2, 33, 65, 100, True, False),
     (1, 2, 2, 40, 150, 256, True, False),
+    (1, 2, 1, 40, 70, 200, False, True),
     (1, 6, 2, 1, 257, 64, True, True),
     (2, 2, 2, 1, 97, 24, False, False),
     (1, 1, 1, 520, 520, 8, True, False),  # enough keys for two runs in backward

@@ -20,12 +20,15 @@ from fastgpt.kernels.launch import architecture, launch
 from fastgpt.kernels.spec import Spec
 from fastgpt.kernels.tiles import (
     block_d,
+    chunk,
     head_strides,
     hide_keys,
     key_ranges,
     load_bias,
+    load_operand,
     load_rows,
     longest,
+    multiply_chunks,
     positive_scale,
     precision,
     program_place,
@@ -41,13 +44,16 @@ from fastgpt.kernels.tuning import attention_config
 def _attend(acc, weight_sum, top, q, K, V, KEY_BIAS, k_row, v_row, begin, end, rows, S, shift, window, scale,
             dropout_keys, threshold, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
             HAS_KEY_BIAS: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
-            PRECISION: tl.constexpr):
+            PRECISION: tl.constexpr, NEGATIVE: tl.constexpr):
     """Takes in the keys begin .. end - 1, begin a multiple of BLOCK_N. top: the maximum so far of the unscaled scores."""
-    BLOCK_D: tl.constexpr = q.shape[1]
+    BLOCK_D: tl.constexpr = acc.shape[1]
     for start in tl.range(begin, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
-        k = load_rows(K, start, k_row, S, MASKED, D, BLOCK_D, BLOCK_N)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if q.dtype.is_ptr():
+            scores = multiply_chunks(q, rows < S - shift, K, start, k_row, S, NEGATIVE, D, BLOCK_N, PRECISION)
+        else:
+            k = load_rows(K, start, k_row, S, MASKED, D, BLOCK_D, BLOCK_N)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if HAS_KEY_BIAS:
             scores += load_bias(KEY_BIAS, keys, S, MASKED)[None, :]
         if MASKED:
@@ -74,7 +80,7 @@ def attention_forward_kernel(
         v_row, o_batch, o_head, o_row, lse_head, H, T, S, scale, seed_low, seed_high, threshold, keep_scale, window,
         GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_KEY_BIAS: tl.constexpr,
         PACKED: tl.constexpr, DROPOUT: tl.constexpr, HAS_LSE: tl.constexpr, NEGATIVE: tl.constexpr, D: tl.constexpr,
-        BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
+        BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """OUT = softmax(Q K^T * scale) V. GROUP query heads share a key head.
 
     T and S are the lengths, of packed sequences the longest ones'. lse_head: how many rows LSE holds for a head. scale:
@@ -94,9 +100,7 @@ def attention_forward_kernel(
     g = (h // GROUP).to(tl.int64)
     K += k_offset + g * k_head
     V += v_offset + g * v_head
-    q = load_rows(Q + q_offset + h.to(tl.int64) * q_head, first_row, q_row, T, True, D, BLOCK_D, BLOCK_M)
-    if NEGATIVE:
-        q = -q
+    q = load_operand(Q + q_offset + h.to(tl.int64) * q_head, first_row, q_row, T, NEGATIVE, D, BLOCK_D, CHUNK, BLOCK_M)
     rows = first_row + tl.arange(0, BLOCK_M)
     dropout_keys = row_keys(seed_low, seed_high, b, h, rows) if DROPOUT else rows
 
@@ -107,13 +111,13 @@ def attention_forward_kernel(
     if WINDOW:
         acc, weight_sum, top = _attend(
             acc, weight_sum, top, q, K, V, KEY_BIAS, k_row, v_row, a, inner, rows, S, shift, window, scale, dropout_keys,
-            threshold, True, CAUSAL, WINDOW, HAS_KEY_BIAS, DROPOUT, D, BLOCK_N, PRECISION)
+            threshold, True, CAUSAL, WINDOW, HAS_KEY_BIAS, DROPOUT, D, BLOCK_N, PRECISION, NEGATIVE)
     acc, weight_sum, top = _attend(
         acc, weight_sum, top, q, K, V, KEY_BIAS, k_row, v_row, inner, outer, rows, S, shift, window, scale,
-        dropout_keys, threshold, False, CAUSAL, WINDOW, HAS_KEY_BIAS, DROPOUT, D, BLOCK_N, PRECISION)
+        dropout_keys, threshold, False, CAUSAL, WINDOW, HAS_KEY_BIAS, DROPOUT, D, BLOCK_N, PRECISION, NEGATIVE)
     acc, weight_sum, top = _attend(
         acc, weight_sum, top, q, K, V, KEY_BIAS, k_row, v_row, outer, end, rows, S, shift, window, scale, dropout_keys,
-        threshold, True, CAUSAL, WINDOW, HAS_KEY_BIAS, DROPOUT, D, BLOCK_N, PRECISION)
+        threshold, True, CAUSAL, WINDOW, HAS_KEY_BIAS, DROPOUT, D, BLOCK_N, PRECISION, NEGATIVE)
 
     # A row that sees no key: its sum is 0, its output 0, its log-sum-exp -inf
     empty = weight_sum == 0
@@ -145,14 +149,16 @@ def forward(q, k, v, key_mask, seed, causal, scale, dropout_p, window, keep_lse,
             *head_strides(out), rows, H, T, S, positive_scale(scale), *dropout_arguments(dropout_p, seed), window),
            {"GROUP": H // G, "CAUSAL": causal, "WINDOW": window > 0, "HAS_KEY_BIAS": key_mask is not None,
                 "PACKED": packing is not None, "DROPOUT": dropout_p > 0, "HAS_LSE": keep_lse, "NEGATIVE": scale < 0, "D": D,
-                "BLOCK_D": block_d(D), "BLOCK_M": block_m, "BLOCK_N": block_n, "PRECISION": precision(q.dtype)}, **options)
+                "BLOCK_D": block_d(D), "CHUNK": chunk(q.dtype, D), "BLOCK_M": block_m, "BLOCK_N": block_n,
+                "PRECISION": precision(q.dtype)}, **options)
     return out, lse
 
 
 attention = define_attention("triton_", forward, backward)
 packed_attention = define_packed_attention("triton_", forward, backward)
 
-FLOPS = {"attention_forward_kernel": "4 * BLOCK_M * BLOCK_N * D"}  # of one step over the keys
+# Of one step over the keys, without the loop inside it where there are chunks
+FLOPS = {"attention_forward_kernel": "(2 if CHUNK else 4) * BLOCK_M * BLOCK_N * D"}
 BYTES = {"attention_forward_kernel": "2 * B * (H * T + G * S) * D * e + 4 * B * H * T"}
 
 
@@ -181,6 +187,10 @@ def _packed_inputs(dtype, device, gpt2):
 SPECS = [
     Spec("attention", "attention", partial(_inputs, heads=(2, 2), lengths=(130, 130), D=64)),
     Spec("attention D=128", "attention", partial(_inputs, heads=(2, 1), lengths=(33, 97), D=128)),
+    Spec("attention D=256", "attention", partial(_inputs, heads=(2, 1), lengths=(33, 97), D=256)),
+    Spec("attention D=256, float32", "attention", partial(_inputs, heads=(2, 1), lengths=(33, 70), D=256), dtype=torch.float32),
+    Spec("attention D=256, float32, dropout, window", "attention", partial(_inputs, lengths=(33, 70), D=256),
+         {"dropout_p": 0.2, "seed": 7, "window": 40, "scale": -0.3}, dtype=torch.float32),
     Spec("attention, GQA", "attention", _inputs),
     Spec("attention, all keys", "attention", partial(_inputs, lengths=(33, 70)), {"causal": False, "scale": -0.3}),
     Spec("attention, key mask", "attention", partial(_inputs, mask=True), {"causal": False}),

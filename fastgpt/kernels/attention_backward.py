@@ -16,13 +16,16 @@ from fastgpt.kernels.dropout import dropout_arguments, keep_mask, row_keys
 from fastgpt.kernels.launch import architecture, launch
 from fastgpt.kernels.tiles import (
     block_d,
+    chunk,
     head_strides,
     hide_keys,
     key_ranges,
     load_bias,
     load_lse,
+    load_operand,
     load_rows,
     longest,
+    multiply_chunks,
     positive_scale,
     precision,
     program_place,
@@ -39,21 +42,28 @@ from fastgpt.kernels.tuning import attention_config
 def _add_dq(dq, q, dout, lse, delta, K, V, KEY_BIAS, k_row, v_row, begin, end, rows, S, shift, window, scale,
             dropout_keys, threshold, keep_scale, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
             HAS_KEY_BIAS: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
-            PRECISION: tl.constexpr):
+            PRECISION: tl.constexpr, NEGATIVE: tl.constexpr):
     """Adds what the keys begin .. end - 1 give to dq, but for the scale. lse: times log2(e)."""
-    BLOCK_D: tl.constexpr = q.shape[1]
+    BLOCK_D: tl.constexpr = dq.shape[1]
     for start in tl.range(begin, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
-        k = load_rows(K, start, k_row, S, MASKED, D, BLOCK_D, BLOCK_N)
-        v = load_rows(V, start, v_row, S, MASKED, D, BLOCK_D, BLOCK_N)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if q.dtype.is_ptr():
+            exist = rows < S - shift
+            scores = multiply_chunks(q, exist, K, start, k_row, S, NEGATIVE, D, BLOCK_N, PRECISION)
+            dweights = multiply_chunks(dout, exist, V, start, v_row, S, False, D, BLOCK_N, PRECISION)
+            k = load_rows(K, start, k_row, S, MASKED, D, BLOCK_D, BLOCK_N)
+        else:
+            k = load_rows(K, start, k_row, S, MASKED, D, BLOCK_D, BLOCK_N)
+            v = load_rows(V, start, v_row, S, MASKED, D, BLOCK_D, BLOCK_N)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if HAS_KEY_BIAS:
             scores += load_bias(KEY_BIAS, keys, S, MASKED)[None, :]
         weights = tl.exp2(scores * scale - lse[:, None])
         if MASKED:
             seen = visible(rows[:, None], keys[None, :], S, shift, window, CAUSAL, WINDOW)
             weights = tl.where(seen, weights, 0.0)
-        dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        if not q.dtype.is_ptr():
+            dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         if DROPOUT:
             keep = keep_mask(dropout_keys[:, None], keys[None, :], threshold)
             dweights = tl.where(keep, dweights * keep_scale, 0.0)
@@ -68,8 +78,8 @@ def attention_dq_kernel(
         v_batch, v_head, v_row, o_batch, o_head, o_row, do_batch, do_head, do_row, dq_batch, dq_head, dq_row, lse_head, H,
         T, S, scale, signed_scale, seed_low, seed_high, threshold, keep_scale, window, GROUP: tl.constexpr,
         CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, PACKED: tl.constexpr,
-        DROPOUT: tl.constexpr, NEGATIVE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-        BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
+        DROPOUT: tl.constexpr, NEGATIVE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """DQ, and DELTA (as LSE): the row sums of OUT * DOUT. The arguments are those of attention_forward_kernel."""
     b, h, block, blocks = program_place(T, H, BLOCK_M)
     first_row = (blocks - 1 - block) * BLOCK_M
@@ -88,15 +98,16 @@ def attention_dq_kernel(
     K += k_offset + g * k_head
     V += v_offset + g * v_head
     rows = first_row + tl.arange(0, BLOCK_M)
-    q = load_rows(Q + q_offset + h64 * q_head, first_row, q_row, T, True, D, BLOCK_D, BLOCK_M)
-    dout = load_rows(DOUT + do_offset + h64 * do_head, first_row, do_row, T, True, D, BLOCK_D, BLOCK_M)
+    q = load_operand(Q + q_offset + h64 * q_head, first_row, q_row, T, NEGATIVE, D, BLOCK_D, CHUNK, BLOCK_M)
+    DOUT += do_offset + h64 * do_head
+    dout = load_rows(DOUT, first_row, do_row, T, True, D, BLOCK_D, BLOCK_M)
     out = load_rows(OUT + o_offset + h64 * o_head, first_row, o_row, T, True, D, BLOCK_D, BLOCK_M)
     at = lse_offset + h64 * lse_head + rows
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    if CHUNK:
+        dout = load_operand(DOUT, first_row, do_row, T, False, D, BLOCK_D, CHUNK, BLOCK_M)
     tl.store(DELTA + at, delta, mask=rows < T)
     lse = load_lse(LSE + lse_offset + h64 * lse_head, rows, T, HAS_KEY_BIAS)
-    if NEGATIVE:
-        q = -q
     dropout_keys = row_keys(seed_low, seed_high, b, h, rows) if DROPOUT else rows
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -104,12 +115,13 @@ def attention_dq_kernel(
     if WINDOW:
         dq = _add_dq(dq, q, dout, lse, delta, K, V, KEY_BIAS, k_row, v_row, a, inner, rows, S, shift, window, scale,
                      dropout_keys, threshold, keep_scale, True, CAUSAL, WINDOW, HAS_KEY_BIAS, DROPOUT, D, BLOCK_N,
-                     PRECISION)
+                     PRECISION, NEGATIVE)
     dq = _add_dq(dq, q, dout, lse, delta, K, V, KEY_BIAS, k_row, v_row, inner, outer, rows, S, shift, window, scale,
                  dropout_keys, threshold, keep_scale, False, CAUSAL, WINDOW, HAS_KEY_BIAS, DROPOUT, D, BLOCK_N,
-                 PRECISION)
+                 PRECISION, NEGATIVE)
     dq = _add_dq(dq, q, dout, lse, delta, K, V, KEY_BIAS, k_row, v_row, outer, end, rows, S, shift, window, scale,
-                 dropout_keys, threshold, keep_scale, True, CAUSAL, WINDOW, HAS_KEY_BIAS, DROPOUT, D, BLOCK_N, PRECISION)
+                 dropout_keys, threshold, keep_scale, True, CAUSAL, WINDOW, HAS_KEY_BIAS, DROPOUT, D, BLOCK_N, PRECISION,
+                 NEGATIVE)
     # Only now, so that it holds no registers in the loops
     dq_offset, _ = sequence(Q_STARTS, b, dq_batch, dq_row, T, PACKED)
     store_rows(DQ + dq_offset + h64 * dq_head, dq * signed_scale, first_row, dq_row, T, D, BLOCK_D, BLOCK_M)
@@ -119,23 +131,30 @@ def attention_dq_kernel(
 def _add_dk_dv(dk, dv, k, v, Q, DOUT, LSE, DELTA, bias, q_row, do_row, begin, end, keys, T, S, shift, window, scale,
                seed_low, seed_high, b, h, threshold, keep_scale, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
                WINDOW: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
-               BLOCK_M: tl.constexpr, PRECISION: tl.constexpr):
+               BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr):
     """Adds what the queries begin .. end - 1 of a head give, dk but for the scale. Tiles are (keys, queries)."""
-    BLOCK_D: tl.constexpr = k.shape[1]
+    BLOCK_D: tl.constexpr = dk.shape[1]
     for start in tl.range(begin, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        q = load_rows(Q, start, q_row, T, True, D, BLOCK_D, BLOCK_M)
         lse = load_lse(LSE, rows, T, HAS_KEY_BIAS)
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        if k.dtype.is_ptr():
+            scores = multiply_chunks(k, keys < S, Q, start, q_row, T, NEGATIVE, D, BLOCK_M, PRECISION)
+        else:
+            q = load_rows(Q, start, q_row, T, True, D, BLOCK_D, BLOCK_M)
+            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         if HAS_KEY_BIAS:
             scores += bias[:, None]
         weights = tl.exp2(scores * scale - lse[None, :])
         if MASKED:
             seen = visible(rows[None, :], keys[:, None], S, shift, window, CAUSAL, WINDOW)
             weights = tl.where(seen, weights, 0.0)
-        dout = load_rows(DOUT, start, do_row, T, True, D, BLOCK_D, BLOCK_M)
         delta = tl.load(DELTA + rows, mask=rows < T, other=0.0)
-        dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+        if k.dtype.is_ptr():
+            dweights = multiply_chunks(v, keys < S, DOUT, start, do_row, T, False, D, BLOCK_M, PRECISION)
+            dout = load_rows(DOUT, start, do_row, T, True, D, BLOCK_D, BLOCK_M)
+        else:
+            dout = load_rows(DOUT, start, do_row, T, True, D, BLOCK_D, BLOCK_M)
+            dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         used = weights
         if DROPOUT:
             keep = keep_mask(row_keys(seed_low, seed_high, b, h, rows)[None, :], keys[:, None], threshold)
@@ -143,6 +162,8 @@ def _add_dk_dv(dk, dv, k, v, Q, DOUT, LSE, DELTA, bias, q_row, do_row, begin, en
             used = tl.where(keep, weights * keep_scale, 0.0)
         dv = tl.dot(used.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dscores = weights * (dweights - delta[None, :])
+        if k.dtype.is_ptr():
+            q = load_rows(Q, start, q_row, T, True, D, BLOCK_D, BLOCK_M)
         dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -151,20 +172,20 @@ def _add_dk_dv(dk, dv, k, v, Q, DOUT, LSE, DELTA, bias, q_row, do_row, begin, en
 def _add_head(dk, dv, k, v, Q, DOUT, LSE, DELTA, bias, q_head, q_row, do_head, do_row, lse_head, keys, T, S, shift,
               window, scale, seed_low, seed_high, b, h, threshold, keep_scale, a, inner, outer, end, CAUSAL: tl.constexpr,
               WINDOW: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
-              BLOCK_M: tl.constexpr, PRECISION: tl.constexpr):
+              BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr):
     """Adds what the queries of head h give."""
     h64 = tl.cast(h, tl.int64)
     Q, DOUT, LSE, DELTA = Q + h64 * q_head, DOUT + h64 * do_head, LSE + h64 * lse_head, DELTA + h64 * lse_head
     dk, dv = _add_dk_dv(dk, dv, k, v, Q, DOUT, LSE, DELTA, bias, q_row, do_row, a, inner, keys, T, S, shift, window,
                         scale, seed_low, seed_high, b, h, threshold, keep_scale, True, CAUSAL, WINDOW, HAS_KEY_BIAS,
-                        DROPOUT, D, BLOCK_M, PRECISION)
+                        DROPOUT, D, BLOCK_M, PRECISION, NEGATIVE)
     dk, dv = _add_dk_dv(dk, dv, k, v, Q, DOUT, LSE, DELTA, bias, q_row, do_row, inner, outer, keys, T, S, shift,
                         window, scale, seed_low, seed_high, b, h, threshold, keep_scale, False, CAUSAL, WINDOW,
-                        HAS_KEY_BIAS, DROPOUT, D, BLOCK_M, PRECISION)
+                        HAS_KEY_BIAS, DROPOUT, D, BLOCK_M, PRECISION, NEGATIVE)
     if WINDOW:
         dk, dv = _add_dk_dv(dk, dv, k, v, Q, DOUT, LSE, DELTA, bias, q_row, do_row, outer, end, keys, T, S, shift,
                             window, scale, seed_low, seed_high, b, h, threshold, keep_scale, True, CAUSAL, WINDOW,
-                            HAS_KEY_BIAS, DROPOUT, D, BLOCK_M, PRECISION)
+                            HAS_KEY_BIAS, DROPOUT, D, BLOCK_M, PRECISION, NEGATIVE)
     return dk, dv
 
 
@@ -174,8 +195,8 @@ def attention_dk_dv_kernel(
         v_batch, v_head, v_row, do_batch, do_head, do_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row, lse_head,
         H, T, S, scale, signed_scale, seed_low, seed_high, threshold, keep_scale, window, GROUP: tl.constexpr,
         CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, PACKED: tl.constexpr,
-        DROPOUT: tl.constexpr, NEGATIVE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-        BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, LOOP: tl.constexpr):
+        DROPOUT: tl.constexpr, NEGATIVE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, LOOP: tl.constexpr):
     """DK and DV of BLOCK_N keys. The first keys come first: under a causal mask they are seen by the most queries.
 
     LOOP: over the GROUP heads. A loop of one turn costs registers on sm_80; without it sm_90's wgmma wait for each other.
@@ -195,10 +216,8 @@ def attention_dk_dv_kernel(
     g64 = g.to(tl.int64)
     keys = first_key + tl.arange(0, BLOCK_N)
     bias = load_bias(KEY_BIAS, keys, S, True) if HAS_KEY_BIAS else keys
-    k = load_rows(K + k_offset + g64 * k_head, first_key, k_row, S, True, D, BLOCK_D, BLOCK_N)
-    v = load_rows(V + v_offset + g64 * v_head, first_key, v_row, S, True, D, BLOCK_D, BLOCK_N)
-    if NEGATIVE:
-        k = -k
+    k = load_operand(K + k_offset + g64 * k_head, first_key, k_row, S, NEGATIVE, D, BLOCK_D, CHUNK, BLOCK_N)
+    v = load_operand(V + v_offset + g64 * v_head, first_key, v_row, S, False, D, BLOCK_D, CHUNK, BLOCK_N)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     a, inner, outer, end = row_ranges(first_key, T, S, shift, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
@@ -206,12 +225,12 @@ def attention_dk_dv_kernel(
     if not LOOP:
         dk, dv = _add_head(dk, dv, k, v, Q, DOUT, LSE, DELTA, bias, q_head, q_row, do_head, do_row, lse_head, keys, T,
                            S, shift, window, scale, seed_low, seed_high, b, g, threshold, keep_scale, a, inner, outer, end,
-                           CAUSAL, WINDOW, HAS_KEY_BIAS, DROPOUT, D, BLOCK_M, PRECISION)
+                           CAUSAL, WINDOW, HAS_KEY_BIAS, DROPOUT, D, BLOCK_M, PRECISION, NEGATIVE)
     else:
         for h in range(g * GROUP, (g + 1) * GROUP):
             dk, dv = _add_head(dk, dv, k, v, Q, DOUT, LSE, DELTA, bias, q_head, q_row, do_head, do_row, lse_head, keys,
                                T, S, shift, window, scale, seed_low, seed_high, b, h, threshold, keep_scale, a, inner,
-                               outer, end, CAUSAL, WINDOW, HAS_KEY_BIAS, DROPOUT, D, BLOCK_M, PRECISION)
+                               outer, end, CAUSAL, WINDOW, HAS_KEY_BIAS, DROPOUT, D, BLOCK_M, PRECISION, NEGATIVE)
     # Only now, so that they hold no registers in the loops
     dk_offset, _ = sequence(K_STARTS, b, dk_batch, dk_row, S, PACKED)
     store_rows(DK + dk_offset + g64 * dk_head, dk * signed_scale, first_key, dk_row, S, D, BLOCK_D, BLOCK_N)
@@ -233,11 +252,13 @@ def backward(dout, q, k, v, out, lse, key_mask, seed, causal, scale, dropout_p, 
         starts, B = packing, len(packing[0]) - 1
         T, S = map(longest, starts)
     arch, width = architecture(q.device), block_d(D)
-    call = q.dtype, width, bool(dropout_p or window), key_mask is not None
+    # Of float32 the loop over the heads takes registers, too
+    busy = bool(dropout_p or window or H > G and q.dtype == torch.float32)
+    call = q.dtype, width, busy, key_mask is not None
     numbers = (rows, H, T, S, positive_scale(scale), float(scale), *dropout_arguments(dropout_p, seed), window)
     constants = {"GROUP": H // G, "CAUSAL": causal, "WINDOW": window > 0, "HAS_KEY_BIAS": key_mask is not None,
                      "PACKED": packing is not None, "DROPOUT": dropout_p > 0, "NEGATIVE": scale < 0, "D": D, "BLOCK_D": width,
-                     "PRECISION": precision(q.dtype)}
+                     "CHUNK": chunk(q.dtype, D), "PRECISION": precision(q.dtype)}
     inputs = (*head_strides(q), *head_strides(k), *head_strides(v))
     block_m, block_n, options = attention_config("dq", arch, *call)
     launch(attention_dq_kernel, B * H * triton.cdiv(T, block_m),
@@ -250,6 +271,7 @@ def backward(dout, q, k, v, out, lse, key_mask, seed, causal, scale, dropout_p, 
     return dq, dk, dv
 
 
-FLOPS = {"attention_dq_kernel": "6 * BLOCK_M * BLOCK_N * D", "attention_dk_dv_kernel": "8 * BLOCK_M * BLOCK_N * D"}
+FLOPS = {"attention_dq_kernel": "(2 if CHUNK else 6) * BLOCK_M * BLOCK_N * D",
+         "attention_dk_dv_kernel": "(4 if CHUNK else 8) * BLOCK_M * BLOCK_N * D"}
 BYTES = {"attention_dq_kernel": "B * (4 * H * T + 2 * G * S) * D * e + 8 * B * H * T",
          "attention_dk_dv_kernel": "B * (2 * H * T + 4 * G * S) * D * e + 8 * B * H * T"}

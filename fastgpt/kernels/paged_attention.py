@@ -19,8 +19,9 @@ from fastgpt.kernels.launch import architecture, launch
 from fastgpt.kernels.spec import Spec
 from fastgpt.kernels.tiles import (
     block_d,
+    chunk,
     key_ranges,
-    load_rows,
+    load_operand,
     positive_scale,
     precision,
     program_place,
@@ -102,12 +103,28 @@ def _converted(x, FLOAT8: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _multiply_chunks(q, rows_exist, at, exists, OTHER: tl.constexpr, NEGATIVE: tl.constexpr, FLOAT8: tl.constexpr,
+                     D: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+    """`tiles.multiply_chunks` with the rows of a cache at `at`; OTHER in those that do not exist."""
+    CHUNK: tl.constexpr = q.shape[1]
+    d = tl.arange(0, CHUNK)
+    scores = tl.zeros([q.shape[0], at.shape[0]], tl.float32)
+    for start in tl.range(0, D, CHUNK, num_stages=1):
+        x = tl.load(q + start, mask=rows_exist[:, None] & (start + d < D)[None, :], other=0.0)
+        k = tl.load(at[:, None] + start + d[None, :], mask=exists[:, None] & (start + d < WIDTH)[None, :], other=0)
+        k = tl.where(exists[:, None], _converted(k, FLOAT8, x.dtype), OTHER)
+        scores = tl.dot(x, tl.trans(k), scores, input_precision=PRECISION)
+    return -scores if NEGATIVE else scores
+
+
+@triton.jit
 def _attend(acc, weight_sum, top, q, K, V, K_SCALE, V_SCALE, TABLE, begin, end, rows, S, shift, window, scale, pages,
             MASKED: tl.constexpr, WINDOW: tl.constexpr, QUANTISED: tl.constexpr, FLOAT8: tl.constexpr,
             PAGE_SIZE: tl.constexpr, PAGE_STRIDE: tl.constexpr, ROW: tl.constexpr, WIDTH: tl.constexpr,
-            SCALE_STRIDE: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
+            SCALE_STRIDE: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, T, NEGATIVE: tl.constexpr,
+            D: tl.constexpr, DTYPE: tl.constexpr):
     """Takes in the keys begin .. end - 1, begin a multiple of BLOCK_N. top: the maximum so far of the unscaled scores."""
-    BLOCK_D: tl.constexpr = q.shape[1]
+    BLOCK_D: tl.constexpr = acc.shape[1]
     # A score of NaN: of a key that is not there at all no row sees it
     K_OTHER: tl.constexpr = 0 if QUANTISED else float("nan")
     if not MASKED:
@@ -125,8 +142,11 @@ def _attend(acc, weight_sum, top, q, K, V, K_SCALE, V_SCALE, TABLE, begin, end, 
             page = next_page
             next_page = _load_page(TABLE, start + BLOCK_N, S, PAGE_SIZE, BLOCK_N)
         at = _rows_at(K, page, start, PAGE_STRIDE, ROW, PAGE_SIZE, BLOCK_N)
-        k = _converted(_load_tile(at, exists, K_OTHER, MASKED, WIDTH, BLOCK_D), FLOAT8, q.dtype)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if q.dtype.is_ptr():
+            scores = _multiply_chunks(q, rows < T, at, exists, K_OTHER, NEGATIVE, FLOAT8, D, WIDTH, PRECISION)
+        else:
+            k = _converted(_load_tile(at, exists, K_OTHER, MASKED, WIDTH, BLOCK_D), FLOAT8, DTYPE)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if QUANTISED:
             at = _rows_at(K_SCALE, page, start, SCALE_STRIDE, 1, PAGE_SIZE, BLOCK_N)
             scores *= _load_scales(at, exists, float("nan"), MASKED)[None, :]
@@ -146,8 +166,8 @@ def _attend(acc, weight_sum, top, q, K, V, K_SCALE, V_SCALE, TABLE, begin, end, 
             at = _rows_at(V_SCALE, page, start, SCALE_STRIDE, 1, PAGE_SIZE, BLOCK_N)
             weights *= _load_scales(at, exists, 0.0, MASKED)[None, :]
         at = _rows_at(V, page, start, PAGE_STRIDE, ROW, PAGE_SIZE, BLOCK_N)
-        v = _converted(_load_tile(at, exists, 0, MASKED, WIDTH, BLOCK_D), FLOAT8, q.dtype)
-        acc = tl.dot(weights.to(q.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+        v = _converted(_load_tile(at, exists, 0, MASKED, WIDTH, BLOCK_D), FLOAT8, DTYPE)
+        acc = tl.dot(weights.to(DTYPE), v, acc * rescale[:, None], input_precision=PRECISION)
         top = new_top
     return acc, weight_sum, top
 
@@ -158,7 +178,7 @@ def paged_prefill_kernel(
         max_query, capacity, pages, scale, window, GROUP: tl.constexpr, WINDOW: tl.constexpr, QUANTISED: tl.constexpr,
         FLOAT8: tl.constexpr, UNIT: tl.constexpr, NEGATIVE: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
         PAGE_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr, ROW: tl.constexpr, WIDTH: tl.constexpr,
-        SCALE_PAGE: tl.constexpr, SCALE_HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+        SCALE_PAGE: tl.constexpr, SCALE_HEAD: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
         BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """OUT = softmax(Q K^T * scale) V of the last query rows of each sequence. GROUP query heads share a key head.
 
@@ -184,9 +204,7 @@ def paged_prefill_kernel(
     TABLE = TABLES + s.to(tl.int64) * table_stride
     pages = pages.to(tl.uint32)
     Q += first_query.to(tl.int64) * q_row + h.to(tl.int64) * q_head
-    q = load_rows(Q, first_row, q_row, T, True, D, BLOCK_D, BLOCK_M)
-    if NEGATIVE:
-        q = -q
+    q = load_operand(Q, first_row, q_row, T, NEGATIVE, D, BLOCK_D, CHUNK, BLOCK_M)
     rows = first_row + tl.arange(0, BLOCK_M)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -197,13 +215,16 @@ def paged_prefill_kernel(
     if WINDOW:
         acc, weight_sum, top = _attend(
             acc, weight_sum, top, q, K, V, K_SCALE, V_SCALE, TABLE, a, inner, rows, S, shift, window, scale, pages, True,
-            WINDOW, QUANTISED, FLOAT8, PAGE_SIZE, PAGE_STRIDE, ROW, WIDTH, SCALE_PAGE, BLOCK_N, PRECISION)
+            WINDOW, QUANTISED, FLOAT8, PAGE_SIZE, PAGE_STRIDE, ROW, WIDTH, SCALE_PAGE, BLOCK_N, PRECISION,
+            T, NEGATIVE, D, Q.dtype.element_ty)
     acc, weight_sum, top = _attend(
         acc, weight_sum, top, q, K, V, K_SCALE, V_SCALE, TABLE, inner, outer, rows, S, shift, window, scale, pages, False,
-        WINDOW, QUANTISED, FLOAT8, PAGE_SIZE, PAGE_STRIDE, ROW, WIDTH, SCALE_PAGE, BLOCK_N, PRECISION)
+        WINDOW, QUANTISED, FLOAT8, PAGE_SIZE, PAGE_STRIDE, ROW, WIDTH, SCALE_PAGE, BLOCK_N, PRECISION,
+        T, NEGATIVE, D, Q.dtype.element_ty)
     acc, weight_sum, top = _attend(
         acc, weight_sum, top, q, K, V, K_SCALE, V_SCALE, TABLE, outer, end, rows, S, shift, window, scale, pages, True,
-        WINDOW, QUANTISED, FLOAT8, PAGE_SIZE, PAGE_STRIDE, ROW, WIDTH, SCALE_PAGE, BLOCK_N, PRECISION)
+        WINDOW, QUANTISED, FLOAT8, PAGE_SIZE, PAGE_STRIDE, ROW, WIDTH, SCALE_PAGE, BLOCK_N, PRECISION,
+        T, NEGATIVE, D, Q.dtype.element_ty)
 
     # A row that sees no key: its sum is 0, its output 0
     empty = weight_sum == 0
@@ -246,7 +267,7 @@ def prefill(q, k, v, k_scale, v_scale, block_tables, query_starts, context_lens,
            {"GROUP": H // G, "WINDOW": window > 0, "QUANTISED": quantised, "FLOAT8": float8, "UNIT": unit,
             "NEGATIVE": scale < 0, "D": D, "PAGE_SIZE": page_size, "PAGE_STRIDE": k.stride(0), "HEAD_STRIDE": k.stride(1),
             "ROW": k.stride(2), "WIDTH": k.shape[3], "SCALE_PAGE": scale_page, "SCALE_HEAD": scale_head, "BLOCK_D": block_d(D),
-            "BLOCK_M": block_m, "BLOCK_N": block_n, "PRECISION": precision(q.dtype)}, **options)
+            "CHUNK": chunk(q.dtype, D), "BLOCK_M": block_m, "BLOCK_N": block_n, "PRECISION": precision(q.dtype)}, **options)
     return out
 
 
@@ -257,7 +278,8 @@ def _padded(x, D):
     return x.view(torch.int8) if x.dtype == torch.float8_e4m3fn else x
 
 
-FLOPS = {"paged_prefill_kernel": "4 * BLOCK_M * BLOCK_N * D"}  # of one step over the keys
+# Of one step over the keys, without the loop inside it where there are chunks
+FLOPS = {"paged_prefill_kernel": "(2 if CHUNK else 4) * BLOCK_M * BLOCK_N * D"}
 BYTES = {"paged_prefill_kernel": "2 * (rows * H * D + pages * G * PAGE_SIZE * D) * e"}
 
 
@@ -277,4 +299,5 @@ def _inputs(dtype, device, gpt2, D=64):
 INFERENCE_SPECS = [
     Spec("paged prefill", "paged_attention", _inputs, launcher=prefill),
     Spec("paged prefill D=128", "paged_attention", partial(_inputs, D=128), launcher=prefill),
+    Spec("paged prefill D=256, float32", "paged_attention", partial(_inputs, D=256), launcher=prefill, dtype=torch.float32),
 ]

@@ -41,6 +41,36 @@ def load_rows(X, first, row_stride, length, CHECKED: tl.constexpr, D: tl.constex
 
 
 @triton.jit
+def load_operand(X, first, row_stride, length, NEGATIVE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                 CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """What `multiply_rows` takes first: (BLOCK, BLOCK_D) of the rows from `first` on, or, with a CHUNK, where their first CHUNK
+    columns are: rows that are too wide for the registers are loaded again in every product."""
+    if CHUNK:
+        i, d = tl.arange(0, BLOCK), tl.arange(0, CHUNK)
+        return X + tl.cast(first, tl.int64) * row_stride + i[:, None] * row_stride + d[None, :]
+    else:
+        x = load_rows(X, first, row_stride, length, True, D, BLOCK_D, BLOCK)
+        return -x if NEGATIVE else x
+
+
+@triton.jit
+def multiply_chunks(x, exists, Y, first, row_stride, length, NEGATIVE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+                    PRECISION: tl.constexpr):
+    """x's rows times the rows from `first` on of Y, transposed: x is what `load_operand` gives with a CHUNK; of its rows those
+    count that exist."""
+    CHUNK: tl.constexpr = x.shape[1]
+    i, d = tl.arange(0, BLOCK), tl.arange(0, CHUNK)
+    at = Y + tl.cast(first, tl.int64) * row_stride + i[None, :] * row_stride + d[:, None]
+    products = tl.zeros([x.shape[0], BLOCK], tl.float32)
+    for start in tl.range(0, D, CHUNK, num_stages=1):
+        inside = start + d < D
+        a = tl.load(x + start, mask=exists[:, None] & inside[None, :], other=0.0)
+        b = tl.load(at + start, mask=(first + i < length)[None, :] & inside[:, None], other=0.0)
+        products = tl.dot(a, b, products, input_precision=PRECISION)
+    return -products if NEGATIVE else products
+
+
+@triton.jit
 def store_rows(X, values, first, row_stride, length, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
     """The inverse of `load_rows`, rounding to X's dtype."""
     i, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
@@ -140,6 +170,12 @@ def hide_keys(key_mask, *keys):
 def block_d(D):
     """A tile's width for heads of D: a power of two, at least what tensor cores multiply."""
     return max(16, triton.next_power_of_2(D))
+
+
+def chunk(dtype, D):
+    """How many columns of a product's operands are loaded at a time, 0 for all: float32 rows of more than 128 numbers, in parts
+    for TF32, take more than all registers."""
+    return 32 if dtype == torch.float32 and D > 128 else 0
 
 
 def precision(dtype):

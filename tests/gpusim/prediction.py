@@ -53,9 +53,9 @@ class Launch:
         return known
 
 
-def record(spec, arch, dtype=torch.bfloat16):
-    """The launches of a spec's forward and backward, at GPT-2's sizes."""
-    inputs, others = spec.inputs(dtype, "meta", True)
+def record(spec, arch, dtype=None):
+    """The launches of a spec's forward and backward, at GPT-2's sizes; in the spec's dtype where none is given."""
+    inputs, others = spec.inputs(dtype or spec.dtype, "meta", True)
     leaves = {name: t.requires_grad_() for name, t in inputs.items()}
     with running(Recorder(arch), "meta") as recorder:
         outputs = (spec.launcher or getattr(ops, spec.op))(**leaves, **others, **spec.options)
@@ -100,8 +100,10 @@ def efficiency(launch, description, arch):
         return None
     if launch.value("FLOPS"):
         return predicted_efficiency(description, arch)
-    reread = launch.name == "cross_entropy_kernel" and launch.constants["HAS_GRADIENT"]
-    return predicted_efficiency(description, arch, 2 if reread else 1, 3 if reread else 1)
+    if launch.name == "cross_entropy_kernel" and launch.constants["HAS_GRADIENT"]:
+        return predicted_efficiency(description, arch, 2, 3)  # BYTES has the second reading in it
+    useful = launch.value("BYTES")
+    return predicted_efficiency(description, arch, useful, useful + launch.value("REREAD"))
 
 
 def rounded(value):

@@ -21,7 +21,8 @@ ONE_OF_EACH = ["attention, GQA", "packed_attention", "cross_entropy", "cross_ent
 OTHER_DTYPES = [("float16", 80), ("float32", 90)]
 COMPILED = [*((name, "bfloat16", arch) for name in SPECS for arch in ARCHS),
             *((name, dtype, arch) for name in ("attention", "add_layer_norm", "bias_gelu, tanh", "cross_entropy")
-              for dtype, arch in OTHER_DTYPES)]
+              for dtype, arch in OTHER_DTYPES),
+            *(("attention D=256, float32, dropout, window", "float32", arch) for arch in ARCHS)]
 
 
 def call(spec, module, others):

@@ -178,6 +178,14 @@ def test_a_page_that_does_not_exist_far_in_a_table():
 
 
 @pytest.mark.parametrize("entry", [0, 1])
+def test_a_page_that_does_not_exist_for_rows_in_chunks(entry):
+    """Heads whose products are made a chunk of columns at a time."""
+    case = Case(torch.float32, D=136, scale=-0.1, lens=[(67, 70)])
+    with running(Interpreter()), strict():
+        check_spoilt(case, *spoilt(case, entry, -1), lambda queries: queries >= 64 * entry)
+
+
+@pytest.mark.parametrize("entry", [0, 1])
 def test_compiled_a_page_that_does_not_exist(entry):
     case = Case(torch.bfloat16, lens=[(67, 70)])
     with running(MachineCode(90)):
