@@ -50,8 +50,9 @@ def test_dropout_draws_a_seed_and_gradients_of_the_sum_alone_pass_it(implementat
     assert torch.allclose(dx * x, first - residual, atol=1e-6)
 
 
-def test_rows_with_a_large_mean(dtype, implementation):
-    inputs = {"x": torch.randn(8, 768, dtype=dtype) + 1000, "weight": torch.randn(768, dtype=dtype)}
+@pytest.mark.parametrize("shape", [(8, 768), (2, 20000)], ids=str)
+def test_rows_with_a_large_mean(shape, dtype, implementation):
+    inputs = {"x": torch.randn(shape, dtype=dtype) + 1000, "weight": torch.randn(shape[1], dtype=dtype)}
     check_op(ops.layer_norm, inputs, reference.layer_norm)
 
 

@@ -10,7 +10,6 @@ import torch
 from fastgpt.autograd.tensors import MAX_HEAD_SIZE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_COLUMNS = 8192  # of a row that a norm's backward holds in registers
 MIN_CAPABILITY = (8, 0)
 KERNELS = {}  # op -> function, once `load` has run
 MODULES = []  # those with kernels, likewise
@@ -76,6 +75,4 @@ def why_not(op, device, *tensors, **options):
             return f"the Triton kernels take float32, bfloat16 and float16, not {tensor.dtype}"
     if op in ("attention", "packed_attention") and tensors and tensors[0].shape[-1] > MAX_HEAD_SIZE:
         return f"the Triton attention takes head sizes up to {MAX_HEAD_SIZE}, not {tensors[0].shape[-1]}"
-    if op in ("layer_norm", "add_layer_norm") and tensors and tensors[0].shape[-1] > MAX_COLUMNS:
-        return f"the Triton layer norm takes rows of up to {MAX_COLUMNS}, not {tensors[0].shape[-1]}"
     return None
