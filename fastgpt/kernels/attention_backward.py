@@ -136,11 +136,12 @@ def _add_dk_dv(dk, dv, k, v, Q, DOUT, LSE, DELTA, bias, q_row, do_row, begin, en
     BLOCK_D: tl.constexpr = dk.shape[1]
     for start in tl.range(begin, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        lse = load_lse(LSE, rows, T, HAS_KEY_BIAS)
         if k.dtype.is_ptr():
+            lse = load_lse(LSE, rows, T, HAS_KEY_BIAS)
             scores = multiply_chunks(k, keys < S, Q, start, q_row, T, NEGATIVE, D, BLOCK_M, PRECISION)
-        else:
+        else:  # in this order: with lse before q sm_80 spills
             q = load_rows(Q, start, q_row, T, True, D, BLOCK_D, BLOCK_M)
+            lse = load_lse(LSE, rows, T, HAS_KEY_BIAS)
             scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         if HAS_KEY_BIAS:
             scores += bias[:, None]
@@ -148,12 +149,13 @@ def _add_dk_dv(dk, dv, k, v, Q, DOUT, LSE, DELTA, bias, q_row, do_row, begin, en
         if MASKED:
             seen = visible(rows[None, :], keys[:, None], S, shift, window, CAUSAL, WINDOW)
             weights = tl.where(seen, weights, 0.0)
-        delta = tl.load(DELTA + rows, mask=rows < T, other=0.0)
         if k.dtype.is_ptr():
+            delta = tl.load(DELTA + rows, mask=rows < T, other=0.0)
             dweights = multiply_chunks(v, keys < S, DOUT, start, do_row, T, False, D, BLOCK_M, PRECISION)
             dout = load_rows(DOUT, start, do_row, T, True, D, BLOCK_D, BLOCK_M)
         else:
             dout = load_rows(DOUT, start, do_row, T, True, D, BLOCK_D, BLOCK_M)
+            delta = tl.load(DELTA + rows, mask=rows < T, other=0.0)
             dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         used = weights
         if DROPOUT:

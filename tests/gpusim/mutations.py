@@ -69,7 +69,7 @@ MUTATIONS = [
     kernel("dk starts too late", "tiles", "tl.maximum(first_key - shift, 0)", "tl.maximum(first_key - shift + BLOCK_M, 0)",
            INTERPRETED + "GQA and float32"),
     kernel("another head's keys", "attention", "g = (h // GROUP)", "g = (h % (H // GROUP))", INTERPRETED + "GQA and float32"),
-    kernel("the sign of a negative scale", "attention", "        q = -q\n", "        q = q\n", INTERPRETED + "all and float32"),
+    kernel("the sign of a negative scale", "tiles", "return -x if NEGATIVE else x", "return x", INTERPRETED + "all and float32"),
     kernel("products added up in float16", "attention",
            "acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)",
            "acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, out_dtype=tl.float16).to(tl.float32)",
