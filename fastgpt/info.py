@@ -78,6 +78,8 @@ def _engine():
         return [_row("engine", f"none, GPT.generate runs the model's ops: {extension.MISSING}")]
     dots = extension._C.engine_dots() or "none beside the level's own"
     refusal = kernels.missing(None) or cuda.missing(None)
+    if ops.forced() == "reference":
+        return [_row("engine", "none for fastgpt.LLM, and GPT.generate runs the model's ops: the reference was asked for")]
     gpu = f"not here: {refusal}" if refusal else "fastgpt.LLM(model, device=\"cuda\"), and GPT.generate of models there"
     return [_row("engine", f"C++ on the CPU for fastgpt.LLM, and for GPT.generate with float32 or bfloat16 weights; dot "
                            f"products: {dots}"),

@@ -23,8 +23,9 @@ class SamplingParams:
     presence_penalty, frequency_penalty: taken off the logits of tokens that the sequence has got so far, the latter as
     often as it has got them. logit_bias: {token id: what is added to its logit}.
     logprobs: how many of the likeliest tokens are reported with their log probabilities, beside the chosen one.
-    seed: an int in [0, 2**63), a list with one for each prompt, or None for torch's generator: on the CPU it draws the tokens,
-    as in nanoGPT, on a GPU, where asking it would hold up every step, a seed for each prompt.
+    seed: an int in [0, 2**63), a list with one for each prompt, or None. GPT.generate then asks torch's generator: on the CPU
+    for the tokens, as in nanoGPT, on a GPU, where that would hold up every step, for a seed for each prompt. `fastgpt.LLM`
+    takes a seed from Python's `random`.
     stop: a string or several that end a sequence once its new text holds one; stop_token_ids: ids that do. The
     sequence keeps what ended it. ignore_eos: the tokenizer's end-of-text token does not end it.
     """

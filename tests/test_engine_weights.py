@@ -1,6 +1,7 @@
 """Where the engine's weights may come from: every form of a checkpoint gives the same bits, and a broken one an error."""
 import json
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -82,6 +83,20 @@ def test_other_dtypes_of_files(folder, dtype):
     twin.load_state_dict({name: t.to(dtype).float() for name, t in twin.state_dict().items()})
     assert weights.of_directory(folder) is not None
     assert bits(folder) == bits(twin)
+
+
+def test_tensors_may_lie_in_any_order(model):
+    twin = small_model()
+    for p in (twin.transformer.wpe.weight, twin.transformer.h[0].attn.c_attn.weight):
+        p.data = p.data.t().contiguous().t()
+    assert bits(twin) == bits(model)
+
+
+def test_a_balance_is_of_powers_of_two_and_bounded():
+    highest = np.array([1, 0.51, 0.49, 4, 1, 1, 0.01, 1e-9, 0], np.float32)
+    assert weights.balance(highest).tolist() == [1, 1, 2, 1, 1, 1, 64, 1024, 1024]
+    for broken in ([0, 0, 0], [1, np.nan, 1e-3]):
+        assert weights.balance(np.array(broken, np.float32)).tolist() == [1, 1, 1]
 
 
 def test_nanogpts_checkpoint_and_pickles(model, folder, tmp_path):

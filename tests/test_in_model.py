@@ -99,14 +99,15 @@ def test_a_larger_cache_is_made_when_the_smaller_one_is_gone(monkeypatch):
     assert model.generate(rows, 50, temperature=0) == expected
 
 
-def test_the_reference_is_refused_by_name():
+def test_other_kernels_than_the_engines_are_refused_by_name():
     model = small_model()
     llm = LLM(model)
     with ops.backend("reference"), pytest.raises(RuntimeError, match="GPT.generate runs on the reference"):
         llm.generate([[1]], PARAMS)
     code = "import fastgpt; fastgpt.LLM('nowhere')"
-    result = run_python(code, FASTGPT_BACKEND="reference")
-    assert "RuntimeError: fastgpt.LLM: the backend 'reference' was asked for" in result.stderr
+    for name in ("reference", "triton", "refrence"):
+        result = run_python(code, FASTGPT_BACKEND=name)
+        assert f"RuntimeError: fastgpt.LLM: the backend {name!r} was asked for" in result.stderr
 
 
 class Doubled(GPT):

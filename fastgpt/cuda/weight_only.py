@@ -10,12 +10,11 @@ from fastgpt.cuda.launch import pointer, rows, run
 from fastgpt.extension import ACTIVATIONS
 
 # Of the kernel; for more PyTorch multiplies weights that are made numbers again. By the bytes that move for a weight: a pass of
-# PASS tokens loads it and, for 16 outputs, 2 of each token, PASS_BYTES, all but the first from the L2 cache, whose rate is
-# L2_RATE times that of the memory or more (of H100 80 GB: 5.5 and 3.35 TB/s). To make weights numbers and multiply these moves
-# 33 (int8) or 37 (int4), through the memory where the matrix is large, else in 8 to 11 launches. At 256 tokens the kernel's 16
-# passes are worth 30 and 26. Beyond these batches, the largest that have a graph, there are prompts.
+# 16 tokens loads it and, for 16 outputs, 2 of each token: 3 (int8) or 2.56 (int4), mostly from the L2 cache, whose rate is at
+# least 1.6 times that of the memory (of H100 80 GB: 5.5 and 3.35 TB/s). To make weights numbers and multiply these moves 33 or
+# 37, through the memory where the matrix is large, else in 8 to 11 launches. At 256 tokens the kernel's 16 passes are worth 30
+# and 26 by L2's rate. 256 is the largest batch that has a graph, too; what is larger are prompts.
 MOST_TOKENS = 256
-PASS, PASS_BYTES, L2_RATE = 16, {"int8": 3.0, "int4": 2.5625}, 1.6
 OUTPUTS, GROUP = 16, 32  # rows of a tile; neighbours of k that share a scale of int4 weights
 DEPTH = {"int8": 64, "int4": 128}  # neighbours of k in a tile
 TRIED = 12  # scales of a group of int4 weights

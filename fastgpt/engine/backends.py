@@ -27,15 +27,25 @@ def backend_of(device, threads, shared=False):
     return GpuBackend(device, shared)
 
 
-def refuse_the_reference():
-    """The engine has kernels of its own alone."""
+class NotFinite(ValueError):
+    """Logits that are no distribution to draw from."""
+
+
+def forced():
+    """The backend that was asked for, by FASTGPT_BACKEND or ops.backend(), or "auto"."""
     ops = sys.modules.get("fastgpt.ops")  # which imports torch
-    if (os.environ.get("FASTGPT_BACKEND", "auto") if ops is None else ops.forced()) == "reference":
-        raise RuntimeError("fastgpt.LLM: the backend 'reference' was asked for, by FASTGPT_BACKEND or ops.backend(), but the decode "
-                           "engine has kernels of its own alone; GPT.generate runs on the reference")
+    return os.environ.get("FASTGPT_BACKEND", "auto") if ops is None else ops.forced()
+
+
+def refuse_other_kernels(backend):
+    """Raises where a backend of the ops was asked for on which this one of the engine's does not run."""
+    if forced() not in ("auto", *backend.kernels):
+        raise RuntimeError(f"fastgpt.LLM: the backend {forced()!r} was asked for, by FASTGPT_BACKEND or ops.backend(), but here the "
+                           f"decode engine runs on {' and '.join(backend.kernels)} alone; GPT.generate runs on the reference too")
 
 
 class CpuBackend:
+    kernels = ("cpp",)
     out_of_memory = (MemoryError, OSError)
 
     def __init__(self, threads):

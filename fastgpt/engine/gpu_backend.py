@@ -1,4 +1,5 @@
 """The engine on a GPU: a step is started before the tokens of the one before are known, so that their copy costs nothing."""
+import contextlib
 import itertools
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from fastgpt.config import check_int
 from fastgpt.cuda.paged import MOST_DECODE_ROWS
 from fastgpt.cuda.sampling import MOST_VOCABULARY, Draws
 from fastgpt.engine import gpu_device
+from fastgpt.engine.backends import NotFinite
 from fastgpt.engine.gpu_runner import CACHE_DTYPES, GpuRunner
 from fastgpt.engine.gpu_weights import GpuWeights
 from fastgpt.extension import LARGEST_PAGE
@@ -43,6 +45,7 @@ def too_large(config):
 
 
 class GpuBackend:
+    kernels = ("triton", "cuda")
     out_of_memory = (torch.OutOfMemoryError,)
 
     def __init__(self, name, shared=False):
@@ -83,9 +86,10 @@ class GpuBackend:
         pages = llm.free_pages
         llm.runner.capture(min(sequences, pages))
         longest = min(llm.config.block_size, llm.max_step_tokens, pages * llm.runner.page_size)
-        params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+        params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, seed=0)
         for length in {longest, min(longest, MOST_DECODE_ROWS + 1)}:
-            llm.generate([[0] * length], params)
+            with contextlib.suppress(NotFinite):  # such a prompt's logits, or all of the model's: whoever asks will be told
+                llm.generate([[0] * length], params)
 
     def advance(self, llm, scheduler, endings, under_way):
         """Starts a step, then takes in the tokens of the one before: -> ([(sequence, its new token)], what is under way)."""

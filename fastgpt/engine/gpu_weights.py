@@ -67,13 +67,15 @@ class GpuWeights:
         vectors = self._norm(norm)
         if self.dtype not in FEW_BITS:
             return vectors, self._matrix(matrix)
-        highest = self._tensor(f"{matrix}.weight").abs().amax(0)
+        weight = self._tensor(f"{matrix}.weight")
+        highest = weight.abs().amax(0)
         factors = torch.from_numpy(balance(highest.float().cpu().numpy())).to(highest)
-        return tuple(None if v is None else v / factors for v in vectors), self._matrix(matrix, factors)
+        return (tuple(None if v is None else v / factors for v in vectors),
+                FewBits(weight * factors, self._tensor(f"{matrix}.bias"), self.dtype))
 
-    def _matrix(self, name, factors=1):
+    def _matrix(self, name):
         weight, bias = self._tensor(f"{name}.weight"), self._tensor(f"{name}.bias")
-        return FewBits(weight * factors, bias, self.dtype) if self.dtype in FEW_BITS else Dense(weight, bias)
+        return FewBits(weight, bias, self.dtype) if self.dtype in FEW_BITS else Dense(weight, bias)
 
     def _head(self, name):
         weight = self.embedding if name == EMBEDDING else self._tensor(name)

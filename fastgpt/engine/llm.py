@@ -8,7 +8,7 @@ import numpy as np
 
 from fastgpt.config import GPTConfig, check_int
 from fastgpt.engine import weights as weights_module
-from fastgpt.engine.backends import backend_of, choose, refuse_the_reference
+from fastgpt.engine.backends import backend_of, choose, refuse_other_kernels
 from fastgpt.engine.pages import OutOfPages, PageAllocator
 from fastgpt.engine.scheduler import Reservations, Scheduler
 from fastgpt.engine.sequence import Ending, Request
@@ -78,12 +78,12 @@ class LLM:
 
     def __init__(self, model, dtype=None, threads=None, kv_cache_tokens=None, page_size=None, kv_cache_dtype=None,
                  tokenizer=None, max_step_tokens=STEP_TOKENS, device="cpu", warm_up=256):
-        refuse_the_reference()
         self._lock = threading.Condition(threading.Lock())  # of steps, pages and reservations; told when pages come free
         self._active, self._ended = [], deque()  # schedulers of calls that run, and of those that are to be closed
         self.max_step_tokens = check_int("max_step_tokens", max_step_tokens, 1)
         warm_up = check_int("warm_up", warm_up, 0)
         self._backend = backend_of(device, threads, self._shares_weights)
+        refuse_other_kernels(self._backend)
         self._page_size = self._backend.page_size(PAGE_SIZE if page_size is None else page_size)
         if isinstance(model, (str, Path)):
             model = checkpoint_folder(model)
@@ -161,7 +161,7 @@ class LLM:
 
     def _requests(self, prompts, params):
         """(requests, the prompts' texts or None), all checked."""
-        refuse_the_reference()
+        refuse_other_kernels(self._backend)
         if not hasattr(prompts, "__iter__"):
             raise TypeError(f"prompts must be a text, token ids or a list of such, got {type(prompts).__name__}")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -259,7 +259,7 @@ class LLM:
     def push(scheduler, endings, ready, new):
         """The new tokens of sequences: -> [(sequence, its token)]."""
         if new and min(new) < 0:
-            raise ValueError("the model's logits are not finite: there is no distribution to draw from")
+            raise NotFinite("the model's logits are not finite: there is no distribution to draw from")
         scheduler.know(ready)
         made = list(zip(ready, new))
         for sequence, token in made:

@@ -171,7 +171,7 @@ class Scheduler:
     def _settle(self):
         """Brings the columns up to date."""
         steady, self._steady = self._steady, None
-        if steady is None or self._order is None:
+        if steady is None:
             return
         at, lanes = self._at, self._order
         at.computed[lanes] += steady.planned

@@ -1,7 +1,7 @@
 """A model's weights as the engine reads them: packed once, matrix by matrix, from a checkpoint or from a model.
 
 A directory's safetensors files are read piece by piece, without torch: beside the packed weights there is never more than
-one matrix (of the embedding, a run of rows) in memory. Every other source becomes a `fastgpt.GPT` first.
+one matrix (of the embedding, a run of rows) in memory, as it is stored and, where it is balanced, in float32 twice. Every other source becomes a `fastgpt.GPT` first.
 """
 import dataclasses
 import json
@@ -201,7 +201,8 @@ class PackedWeights:
         """The address of a small tensor as float32; 0 where there is none."""
         if name not in self._tensors:
             return 0
-        self._vectors.append(as_floats(*self._tensors[name].read()) / np.float32(divisor))
+        # Of any order in memory: the kernels read rows one behind another.
+        self._vectors.append(np.ascontiguousarray(as_floats(*self._tensors[name].read()) / np.float32(divisor), np.float32))
         return address(self._vectors[-1])
 
     def _size(self, name, fmt):
@@ -213,23 +214,24 @@ class PackedWeights:
         tensor = self._tensors[name]
         N, K = tensor.shape
         panels = self._arena.take((self._size(name, fmt),), np.uint8)
-        step = ROWS // self._columns * self._columns if name in (EMBEDDING, HEAD) else N
+        norm = self._norm_before(name)
+        whole = norm is not None or getattr(tensor, "transposed", False)
+        step = N if whole else ROWS // self._columns * self._columns
         for begin in range(0, N, step):
-            rows, number = self._balanced(name, *tensor.read(begin, min(begin + step, N)))
+            rows, number = tensor.read(begin, min(begin + step, N))
+            if norm is not None:
+                rows, number = as_floats(rows, number), 0
+                self._balance[norm] = balance(np.maximum(rows.max(0), -rows.min(0)))
+                rows = rows * self._balance[norm]
             strides = [stride // rows.itemsize for stride in rows.strides]
             _C.pack_weight(fmt, number, address(rows), rows.shape[0], K, *strides,
                            address(panels) + begin // self._columns * _C.panel_bytes(fmt, K))
         return fmt, N, K, address(panels), self._bias(name.removesuffix("weight") + "bias", N)
 
-    def _balanced(self, name, rows, number):
-        """A weight, as read, with its columns balanced against the norm before it where the format is of integers."""
+    def _norm_before(self, name):
+        """The norm that a weight's columns are balanced against, or None."""
         block, _, part = name.removesuffix(".weight").rpartition(".h.")[2].partition(".")
-        norm = NORM_BEFORE.get(part)
-        if self.dtype not in FEW_BITS or norm is None:
-            return rows, number
-        rows = as_floats(rows, number)
-        factors = self._balance[f"transformer.h.{block}.{norm}"] = balance(np.maximum(rows.max(0), -rows.min(0)))
-        return rows * factors, 0
+        return f"transformer.h.{block}.{NORM_BEFORE[part]}" if self.dtype in FEW_BITS and part in NORM_BEFORE else None
 
     def _bias(self, name, N):
         """A bias, padded to whole panels."""

@@ -43,7 +43,7 @@ def load_rows(X, first, row_stride, length, CHECKED: tl.constexpr, D: tl.constex
 @triton.jit
 def load_operand(X, first, row_stride, length, NEGATIVE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
                  CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """What `multiply_rows` takes first: (BLOCK, BLOCK_D) of the rows from `first` on, or, with a CHUNK, where their first CHUNK
+    """What `multiply_chunks` takes first: (BLOCK, BLOCK_D) of the rows from `first` on, or, with a CHUNK, where their first CHUNK
     columns are: rows that are too wide for the registers are loaded again in every product."""
     if CHUNK:
         i, d = tl.arange(0, BLOCK), tl.arange(0, CHUNK)

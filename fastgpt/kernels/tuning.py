@@ -88,7 +88,7 @@ ATTENTION_FLOAT32_BUSY = {
 
 def attention_config(kernel, arch, dtype, width, busy, key_mask):
     """(BLOCK_M, BLOCK_N, options) of "forward", "dq" or "dk_dv" for heads whose tiles are `width` wide. busy: with dropout or
-    a window."""
+    a window, and in float32's backward grouped heads."""
     if dtype.itemsize == 4:
         tables = [*[ATTENTION_FLOAT32_BUSY] * (busy or key_mask), ATTENTION_FLOAT32]
     else:

@@ -33,6 +33,5 @@ class Shorter:
 
 
 code = pytest.main(sys.argv[3:], [Shorter()])
-# As the cpuid there decides.
 print(f"{processor.calls} calls of kernels", flush=True)
 os._exit(code)  # the emulator's memory can't be taken down in an order that it likes

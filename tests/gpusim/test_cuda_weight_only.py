@@ -150,9 +150,10 @@ def test_how_many_tokens_the_kernel_is_the_cheaper_way_for(format, moved):
     with MovedBytes() as many:
         weight_only._many(x, packed, None, None)
     assert many.count / 512 ** 2 == pytest.approx(moved, abs=0.5)
-    of_pass = (packed.data.nbytes + packed.scales.nbytes * (format == "int4")) / 512 ** 2 + 2 * weight_only.PASS / weight_only.OUTPUTS
-    assert of_pass == weight_only.PASS_BYTES[format]
-    assert MOST_TOKENS / weight_only.PASS * of_pass / weight_only.L2_RATE < moved and gpu_runner.LADDER[-1] <= MOST_TOKENS
+    tokens, of_l2 = 16, 1.6
+    of_pass = (packed.data.nbytes + packed.scales.nbytes * (format == "int4")) / 512 ** 2 + 2 * tokens / weight_only.OUTPUTS
+    assert of_pass == {"int8": 3.0, "int4": 2.5625}[format]
+    assert MOST_TOKENS / tokens * of_pass / of_l2 < moved and gpu_runner.LADDER[-1] <= MOST_TOKENS
 
 
 def test_packed_weights_are_near_the_weights():

@@ -1,4 +1,6 @@
 """`fastgpt.LLM(device="cuda")` on the CPU's tensors, every kernel by its simulated twin: the same tokens as the CPU's engine."""
+import copy
+import random
 import sys
 import threading
 
@@ -116,6 +118,13 @@ def test_graphs_are_there_before_the_first_request(gpu, model, monkeypatch):
     assert list(LLM(model, "float32", device="cuda", kv_cache_tokens=14, page_size=7).runner._graphs) == [2, 1], "pages for two"
     with pytest.raises(ValueError, match="warm_up"):
         gpu_llm(model, warm_up=-1)
+
+
+def test_a_warm_up_draws_nothing_and_minds_no_broken_model(gpu, model):
+    before, broken = random.getstate(), copy.deepcopy(model)
+    broken.transformer.ln_f.weight.data.fill_(float("nan"))
+    llm = gpu_llm(broken, warm_up=2)
+    assert random.getstate() == before and np.isnan(llm.logits([1, 2])).all()
 
 
 def test_logits(gpu, model):
