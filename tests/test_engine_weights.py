@@ -93,8 +93,8 @@ def test_tensors_may_lie_in_any_order(model):
 
 
 def test_a_balance_is_of_powers_of_two_and_bounded():
-    highest = np.array([1, 0.51, 0.49, 4, 1, 1, 0.01, 1e-9, 0], np.float32)
-    assert weights.balance(highest).tolist() == [1, 1, 2, 1, 1, 1, 64, 1024, 1024]
+    highest = np.array([1, 1, 1, 0.51, 0.49, 4, 1, 1, 0.01, 1e-9, 0], np.float32)
+    assert weights.balance(highest).tolist() == [1, 1, 1, 1, 2, 1, 1, 1, 64, 1024, 1024]
     for broken in ([0, 0, 0], [1, np.nan, 1e-3]):
         assert weights.balance(np.array(broken, np.float32)).tolist() == [1, 1, 1]
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from fastgpt.config import GPTConfig, check_int
 from fastgpt.engine import weights as weights_module
-from fastgpt.engine.backends import backend_of, choose, refuse_other_kernels
+from fastgpt.engine.backends import NotFinite, backend_of, choose, refuse_other_kernels
 from fastgpt.engine.pages import OutOfPages, PageAllocator
 from fastgpt.engine.scheduler import Reservations, Scheduler
 from fastgpt.engine.sequence import Ending, Request

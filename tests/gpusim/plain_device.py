@@ -1,11 +1,13 @@
 """The CPU in the place of a GPU for `fastgpt.LLM(device="cuda")`: its tensors, and every kernel by its simulated twin."""
 import contextlib
+from unittest import mock
 
 import torch
 from cuda_executors import Shim, running_cuda
 from executors import Interpreter, running
 
 from fastgpt.engine import gpu_device
+from fastgpt.engine.backends import CpuBackend
 
 
 class PlainDevice:
@@ -48,7 +50,9 @@ def plain_gpu(cuda=None, triton=None):
     before, gpu_device.CudaDevice = gpu_device.CudaDevice, PlainDevice
     PlainDevice.captures = PlainDevice.replays = 0
     try:
-        with running_cuda(cuda or Shim()), running(triton or Interpreter()):
+        # `running` asks for Triton; the CPU's engine, which is the truth here, would refuse to run beside that.
+        with running_cuda(cuda or Shim()), running(triton or Interpreter()), mock.patch.object(
+                CpuBackend, "kernels", ("cpp", "triton")):
             yield PlainDevice
     finally:
         gpu_device.CudaDevice = before
