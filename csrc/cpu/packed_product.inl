@@ -176,7 +176,7 @@ INLINE void quantize_to_16_bits(const RowBuffer& b, int64_t i) {
 // One row as 8-bit integers times a scale for each group, with the groups' sums.
 INLINE void quantize_to_8_bits(const RowBuffer& b, int64_t i) {
   int8_t* to = (int8_t*)b.converted + i * b.stride;
-  for (int64_t g = 0; g * kGroup < b.stride; g++) {
+  for (int64_t g = 0; g < b.groups; g++) {
     const float* x = b.floats + i * b.stride + g * kGroup;
     const float highest = highest_magnitude(x, kGroup), inverse = highest > 0.0f ? 127.0f / highest : 0.0f;
     b.scale[i * b.groups + g] = is_finite(highest) ? highest / 127.0f : NAN;

@@ -80,7 +80,7 @@ class GpuRunner:
 
     @contextlib.contextmanager
     def alone(self):
-        """Within this context nothing that the caller has switched on changes what is computed; within itself it changes nothing."""
+        """Within this context nothing that the caller has switched on changes what is computed; nested, it does nothing."""
         if self._entered:
             yield
             return

@@ -156,6 +156,14 @@ def layer_norm_backward_kernel(DY, DTOTAL, TOTAL, WEIGHT, STATISTICS, DRESIDUAL,
     tl.store(partial + C + columns, tl.sum(dbias, axis=0), mask=inside)
 
 
+@triton.jit
+def _normed(TOTAL, DY, WEIGHT, at, columns, exists, mean, rstd):
+    """A block of a row behind the norm, before weight and bias, and its gradient."""
+    normed = (tl.load(TOTAL + at, mask=exists, other=0.0).to(tl.float32) - mean) * rstd
+    dnormed = tl.load(DY + at, mask=exists, other=0.0).to(tl.float32)
+    return normed, dnormed * tl.load(WEIGHT + columns[None, :], mask=exists, other=0.0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["N", "seed_low", "seed_high", "threshold"])
 def layer_norm_wide_backward_kernel(DY, DTOTAL, TOTAL, WEIGHT, STATISTICS, DRESIDUAL, DX, N, seed_low, seed_high, threshold,
                                     keep_scale, C: tl.constexpr, ADD: tl.constexpr, DROPOUT: tl.constexpr,
@@ -168,18 +176,14 @@ def layer_norm_wide_backward_kernel(DY, DTOTAL, TOTAL, WEIGHT, STATISTICS, DRESI
     alongs = tl.zeros([1, BLOCK_C], tl.float32)
     for start in range(0, C, BLOCK_C):
         columns, exists, at = _block(row, start, C, BLOCK_C)
-        normed = (tl.load(TOTAL + at, mask=exists, other=0.0).to(tl.float32) - mean) * rstd
-        dnormed = tl.load(DY + at, mask=exists, other=0.0).to(tl.float32)
-        dnormed *= tl.load(WEIGHT + columns[None, :], mask=exists, other=0.0).to(tl.float32)
+        normed, dnormed = _normed(TOTAL, DY, WEIGHT, at, columns, exists, mean, rstd)
         sums += dnormed
         alongs += normed * dnormed
     lost = tl.sum(sums, axis=1)[:, None] / C
     along = tl.sum(alongs, axis=1)[:, None] / C
     for start in range(0, C, BLOCK_C):
         columns, exists, at = _block(row, start, C, BLOCK_C)
-        normed = (tl.load(TOTAL + at, mask=exists, other=0.0).to(tl.float32) - mean) * rstd
-        dnormed = tl.load(DY + at, mask=exists, other=0.0).to(tl.float32)
-        dnormed *= tl.load(WEIGHT + columns[None, :], mask=exists, other=0.0).to(tl.float32)
+        normed, dnormed = _normed(TOTAL, DY, WEIGHT, at, columns, exists, mean, rstd)
         dtotal = (dnormed - lost - normed * along) * rstd
         if ADD:
             dtotal += tl.load(DTOTAL + at, mask=exists, other=0.0).to(tl.float32)
