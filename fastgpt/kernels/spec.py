@@ -12,7 +12,7 @@ class Spec:
     inputs(dtype, device, gpt2) -> (the tensors that have gradients, by argument; the other tensors): sizes that fit no tile,
     or those of GPT-2 124M on 8 sequences of 1024 tokens. The tests run the former, the tables are made of the latter.
     launcher: of INFERENCE_SPECS, where no tensor has a gradient: what to call in the op's place, whose arguments differ.
-    dtype: of the tables.
+    dtype: of the tables, and of the compiled code that the tests run.
     """
     name: str
     op: str

@@ -27,7 +27,7 @@ def _load(machine, instruction):
         if is_parameter:
             data = machine.parameters.read(addresses, size)
         elif is_shared or addresses[0] >= SHARED_WINDOW:
-            data = machine.shared.read(machine.shared.index(addresses, size, "load"), machine.warps[active])
+            data = _read_shared(machine, addresses, size, machine.warps[active])
         else:
             data = machine.global_memory.read(addresses, size)
         values = np.zeros((machine.threads, len(writers)), kind.dtype)
@@ -35,6 +35,10 @@ def _load(machine, instruction):
         for column, write in enumerate(writers):
             write(values[:, column], active)
     return execute
+
+
+def _read_shared(machine, addresses, size, warps):
+    return machine.shared.read(machine.shared.index(addresses, size, warps, "load"), warps)
 
 
 def _store(machine, instruction):
@@ -51,8 +55,8 @@ def _store(machine, instruction):
         values = np.stack([operand()[active] for operand in read], 1)
         data = _bytes(values, kind)
         if is_shared or addresses[0] >= SHARED_WINDOW:
-            index = machine.shared.index(addresses, data.shape[1], "store")
-            machine.shared.write(index, data, machine.warps[active])
+            warps = machine.warps[active]
+            machine.shared.write(machine.shared.index(addresses, data.shape[1], warps, "store"), data, warps)
         else:
             machine.global_memory.write(addresses, data)
     return execute
@@ -98,15 +102,15 @@ class _Atomic:
             for lane in np.flatnonzero(active):
                 place = addresses[lane:lane + 1] + np.uint64(column * self.kind.bits // 8)
                 replacement = swap[lane:lane + 1] if self.swap else None
-                columns[column][lane] = self._exchange(place, values[lane:lane + 1], replacement)
+                columns[column][lane] = self._exchange(lane, place, values[lane:lane + 1], replacement)
         for write, column in zip(self.write, columns):
             write(column, active)
 
-    def _exchange(self, address, value, replacement):
+    def _exchange(self, lane, address, value, replacement):
         """Updates the one element at an address and returns its old bits."""
         memory, size = self.machine.global_memory, self.kind.bits // 8
         if self.shared or address[0] >= SHARED_WINDOW:
-            index = self.machine.shared.index(address, size, "atomic")
+            index = self.machine.shared.index(address, size, self.machine.warps[lane], "atomic")
             old = self.machine.shared.bytes[index].view(self.kind.raw)[0]
             self.machine.shared.bytes[index] = self._updated(old, value, replacement).view(np.uint8).reshape(1, -1)
         else:
@@ -158,11 +162,12 @@ def _issue_copy(machine, instruction):
         fetched = given()[active]
         if not np.isin(fetched, (0, size)).all():
             raise PtxError("cp.async of a part of its bytes is not modelled")
-        index = machine.shared.index(target()[active], size, "cp.async")
+        warps = machine.warps[active]
+        index = machine.shared.index(target()[active], size, warps, "cp.async")
         data = np.zeros((index.shape[0], size), np.uint8)
         wanted = fetched == size
         data[wanted] = machine.global_memory.read(source()[active][wanted], size, "cp.async")
-        machine.copies.issue(index, data, machine.warps[active])
+        machine.copies.issue(index, data, warps)
     return execute
 
 

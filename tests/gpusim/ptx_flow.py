@@ -1,90 +1,89 @@
-"""Where the threads of a block are in the program."""
+"""Where the threads of the blocks that run together are in the program."""
 import numpy as np
 from ptx_parser import PtxError
 
+WAITING = 1 << 40
+GONE = 1 << 50
+
 
 class ControlFlow:
-    """Program counters of a block's threads. Those with the lowest run first, so that they meet again after a branch.
+    """Program counters of all threads. Those with the lowest run first, so that they meet again after a branch.
 
-    end: the number of instructions; on_barrier: called whenever all threads have reached one.
+    alive: the threads that there are; blocks: the number of blocks in which they lie one after another. on_barrier: called
+    with the blocks, as flags, all of whose threads have reached one. A counter is WAITING higher where its thread waits at
+    a barrier for others of its block, and GONE when it has left.
     """
 
-    def __init__(self, everyone, end, on_barrier):
-        self.everyone, self.end, self.on_barrier = everyone, end, on_barrier
-        self.together, self.counter = True, 0
-        self.counters = np.zeros(everyone.size, np.int64)
-        self.alive, self.waiting = everyone.copy(), ~everyone
-        self.finish = None
+    def __init__(self, alive, blocks, on_barrier):
+        self.alive, self.left = alive, np.count_nonzero(alive)
+        self.blocks, self.on_barrier = blocks, on_barrier
+        self.together, self.counter, self.counters = True, 0, None
+        self.finishes = {}
 
     def current(self):
         """(counter, mask of the threads to run) of the next instruction, or None when all threads are done."""
-        if self.together:
-            return (self.counter, self.everyone) if self.counter < self.end else None
-        while self.alive.any():
-            running = self.alive & ~self.waiting
-            if not running.any():
-                self._release()
-                return self.current()
-            counter = int(self.counters[running].min())
-            mask = running & (self.counters == counter)
-            if counter < self.end:
+        if not self.left:
+            return None
+        if not self.together:
+            counter = int(self.counters.min())
+            mask = self.counters == counter
+            if np.count_nonzero(mask) < self.left:
                 return counter, mask
-            self.alive[mask] = False
-        return None
+            self.together, self.counter = True, counter
+        return self.counter, self.alive
 
     def advance(self, mask):
         if self.together:
             self.counter += 1
         else:
-            self.counters[mask] += 1
-            self._join()
+            self.counters += mask
 
     def branch(self, mask, taking, target):
-        if self.together and taking.all():
-            self.counter = target
-            return
-        if self.together and not taking.any():
-            self.counter += 1
+        taken = np.count_nonzero(taking)
+        if self.together and taken in (0, self.left):
+            self.counter = target if taken else self.counter + 1
             return
         self._separate()
-        self.counters[mask] += 1
+        self.counters += mask
         self.counters[taking] = target
-        self._join()
 
     def exit(self, mask, leaving):
         self._separate()
-        self.counters[mask] += 1
-        self.alive[leaving] = False
+        self.counters += mask
+        self.counters[leaving] = GONE
+        self.alive = self.alive & ~leaving
+        self.left = np.count_nonzero(self.alive)
+        self._release()
 
-    def barrier(self, mask, arriving, finish=lambda alive: None):
-        """finish: what is done, of all the threads that are left, when all have reached the barrier."""
-        self.finish = finish
-        if self.together and arriving.all():
-            self.on_barrier()
-            finish(self.everyone)
-            self.counter += 1
-        elif not arriving.any():
+    def barrier(self, mask, arriving, finish=lambda released: None):
+        """finish: what is done, of all the threads that are left of a block, when all have reached the barrier."""
+        if not arriving.any():
             self.advance(mask)
-        else:
-            self._separate()
-            self.waiting[arriving] = True
-            self.counters[mask & ~arriving] += 1
+            return
+        self._separate()
+        self.counters += mask
+        counters = self.counters[arriving]
+        self.finishes[counters[0]] = finish
+        self.counters[arriving] = counters + WAITING
+        self._release()
 
     def _release(self):
-        counters = self.counters[self.alive]
-        if (counters != counters[0]).any():
+        """Lets the blocks go on whose threads all wait."""
+        counters = self.counters.reshape(self.blocks, -1)
+        waiting = (counters >= WAITING) & (counters < GONE)
+        ready = waiting.any(1) & (counters >= WAITING).all(1)
+        if not ready.any():
+            return
+        released = waiting & ready[:, None]
+        counter = counters.max(1, initial=0, where=released)
+        if (released & (counters != counter[:, None])).any():
             raise PtxError("divergent bar.sync: the threads of the block wait at different ones")
-        self.waiting[:] = False
-        self.counters[self.alive] += 1
-        self.on_barrier()
-        self.finish(self.alive)
-        self._join()
+        self.on_barrier(ready)
+        for place in np.unique(counter[ready]):
+            self.finishes[place - WAITING]((released & (counter == place)[:, None]).ravel())
+        counters[released] -= WAITING
 
     def _separate(self):
         if self.together:
-            self.counters[:] = self.counter
+            self.counters = np.where(self.alive, self.counter, GONE)
             self.together = False
-
-    def _join(self):
-        if self.alive.all() and not self.waiting.any() and (self.counters == self.counters[0]).all():
-            self.together, self.counter = True, int(self.counters[0])

@@ -2,7 +2,7 @@
 
     Kernel(ptx_text).launch(grid, threads, [tensor | int | float | bytes, ...], shared=bytes)
 
-The threads of a block run in numpy lock step, the lowest program counter first, and the blocks one after another.
+The threads run in numpy lock step, the lowest program counter first, those of many blocks together.
 PtxError: an address outside every tensor argument or misaligned, shared memory that two warps touch without a barrier
 between, lanes missing from a shuffle or a matrix product, a barrier that not all threads reach together, an unwaited
 wgmma, any opcode that is not modelled (TMA, mbarrier, tcgen05, calls). cp.async data lands at its wait. Approximate
@@ -30,6 +30,9 @@ __all__ = ["Kernel", "PtxError"]
 OF_REGISTERS = ptx_scalar.BUILDERS | ptx_convert.BUILDERS | ptx_warp.BUILDERS
 OF_MACHINE = ptx_access.BUILDERS | ptx_matrix.BUILDERS | ptx_wgmma.BUILDERS
 WITHOUT_EFFECT = ("fence", "membar", "griddepcontrol", "nanosleep", "prefetch", "prefetchu", "discard")
+REGISTER_BYTES = 1 << 26  # of the blocks that run together
+REDUCTIONS = {"and": lambda flags, of: (flags | ~of).all(1), "or": lambda flags, of: (flags & of).any(1),
+              "popc": lambda flags, of: np.count_nonzero(flags & of, axis=1)}
 FLOAT_FORMATS = {16: "<e", 32: "<f", 64: "<d"}
 
 
@@ -45,6 +48,12 @@ class Kernel:
         memory = self.memory + [arg for arg in args if isinstance(arg, torch.Tensor)]
         launch = Launch(_shape(grid), _shape(threads), memory, shared, races)
         _Machine(self.program, launch, _parameters(self.program, args)).run()
+
+
+def blocks_together(program, blocks, threads):
+    """How many blocks of a launch run together: as many as there are, or as have few enough registers, in equal parts."""
+    of_a_block = threads * sum(kind.bits // 8 for kind in program.registers.values())
+    return math.ceil(blocks / max(1, math.ceil(blocks * of_a_block / REGISTER_BYTES)))
 
 
 class Launch(NamedTuple):
@@ -68,29 +77,38 @@ class _Machine:
         threads = math.prod(launch.block)
         if threads % WARP:
             raise PtxError(f"{threads} threads are no whole number of warps")
-        self.program, self.grid, self.threads, self.parameters = program, launch.grid, threads, Parameters(parameters)
-        self.warps = np.arange(threads) // WARP
+        self.program, self.grid, self.parameters = program, launch.grid, Parameters(parameters)
+        self.blocks = blocks_together(program, math.prod(launch.grid), threads)
+        self.threads = self.blocks * threads
+        self.warps = np.arange(self.threads) // WARP
         self.tables = {name: torch.tensor(list(table), dtype=torch.uint8) for name, table in program.tables.items()}
         self.global_memory = GlobalMemory([*launch.memory, *self.tables.values()])
         size = max(program.dynamic_offset + launch.shared, program.static_shared)
-        self.shared = SharedMemory(size, launch.races, fine=_accesses_single_bytes(program))
-        self.copies = AsynchronousCopies(self.shared, threads // WARP)
-        self.unfinished = ptx_wgmma.Unfinished(self.shared, max(1, threads // ptx_wgmma.WARPGROUP))
+        self.shared = SharedMemory(size, self.blocks, threads // WARP, launch.races, fine=_accesses_single_bytes(program))
+        self.copies = AsynchronousCopies(self.shared, self.threads // WARP)
+        self.unfinished = ptx_wgmma.Unfinished(self.shared, self.blocks * max(1, threads // ptx_wgmma.WARPGROUP))
         tables = {name: table.data_ptr() for name, table in self.tables.items()}
         symbols = program.shared | self.parameters.addresses | tables
-        self.registers = Registers(program, launch.block, launch.grid, symbols)
+        self.registers = Registers(program, launch.block, launch.grid, self.blocks, symbols)
         self.steps = [self._step(instruction) for instruction in program.instructions]
+        self.steps.append(_Step(None, ControlFlow.exit))
 
     def run(self):
+        places = [place[::-1] for place in itertools.product(*map(range, reversed(self.grid)))]
         with np.errstate(all="ignore"):
-            for z, y, x in itertools.product(*map(range, reversed(self.grid))):
-                self._run_block((x, y, z))
+            for first in range(0, len(places), self.blocks):
+                self._run_blocks(places[first:first + self.blocks])
 
-    def _run_block(self, block):
+    def _run_blocks(self, places):
+        """Runs the blocks at these places of the grid together; the threads of blocks that are too many are gone."""
         for part in (self.shared, self.copies, self.unfinished):
             part.reset()
-        self.registers.reset(block)
-        flow = ControlFlow(self.registers.everyone, len(self.steps), self.shared.next_epoch)
+        idle = self.blocks - len(places)
+        self.registers.reset(places + places[-1:] * idle)
+        alive = self.registers.everyone
+        if idle:
+            alive = np.repeat(np.arange(self.blocks) < len(places), self.threads // self.blocks)
+        flow = ControlFlow(alive, self.blocks, self.shared.next_epoch)
         counter = 0
         try:
             while place := flow.current():
@@ -98,7 +116,8 @@ class _Machine:
                 self.steps[counter].execute(flow, mask)
         except PtxError as error:
             text = self.program.instructions[counter].text
-            raise PtxError(f"{error}; block {block}, instruction {counter}: {text[:120]}") from None
+            which = f"block {places[0]}" if len(places) == 1 else f"blocks {places[0]} to {places[-1]}"
+            raise PtxError(f"{error}; {which}, instruction {counter}: {text[:120]}") from None
 
     def _step(self, instruction):
         guard = None
@@ -158,16 +177,17 @@ def _barrier(registers, instruction):
     """bar.sync of the whole block, and bar.red, which also combines a predicate of all its threads."""
     counts = instruction.operands[2:-1] if instruction.has("red") else instruction.operands[1:]
     if (not instruction.has("sync", "red") or instruction.has("cluster")
-            or counts and not (counts[0].isdigit() and int(counts[0]) == registers.threads)):
+            or counts and not (counts[0].isdigit() and int(counts[0]) == math.prod(registers.shape))):
         raise PtxError(f"barrier not modelled: {instruction.text}")
     if instruction.has("sync"):
         return ControlFlow.barrier
-    combine = {"and": np.all, "or": np.any, "popc": np.count_nonzero}[instruction.modifiers[-2]]
+    combine = REDUCTIONS[instruction.modifiers[-2]]
     kind = instruction.type
     write, flag = registers.writer(instruction.operands[0], kind), registers.source(instruction.operands[-1], PREDICATE)
 
-    def finish(alive):
-        write(np.full(alive.size, combine(flag()[alive]), kind.dtype), alive)
+    def finish(released):
+        by_block = combine(*(flags.reshape(registers.blocks, -1) for flags in (flag(), released)))
+        write(np.repeat(by_block, registers.threads // registers.blocks).astype(kind.dtype), released)
     return lambda flow, mask, active: flow.barrier(mask, active, finish)
 
 

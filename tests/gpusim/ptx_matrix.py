@@ -105,9 +105,8 @@ def _load_matrix(machine, instruction):
     def execute(active):
         values = np.zeros((machine.threads // WARP, len(names), WARP), np.uint32)
         warps = full_warps(active, "ldmatrix")
-        rows = address().reshape(-1, WARP)[warps, :8 * len(names)].ravel()
-        index = machine.shared.index(rows, 16, "ldmatrix")
-        data = machine.shared.read(index, np.repeat(warps, 8 * len(names)), "ldmatrix")
+        rows, readers = address().reshape(-1, WARP)[warps, :8 * len(names)].ravel(), np.repeat(warps, 8 * len(names))
+        data = machine.shared.read(machine.shared.index(rows, 16, readers, "ldmatrix"), readers, "ldmatrix")
         values[warps] = _exchanged(data.view(np.uint16), transposed).view(np.uint32).reshape(-1, len(names), WARP)
         for number, write_matrix in enumerate(write):
             write_matrix(values[:, number].ravel(), active)
@@ -122,11 +121,11 @@ def _store_matrix(machine, instruction):
 
     def execute(active):
         warps = full_warps(active, "stmatrix")
-        rows = address().reshape(-1, WARP)[warps, :8 * len(names)].ravel()
-        index = machine.shared.index(rows, 16, "stmatrix")
+        rows, writers = address().reshape(-1, WARP)[warps, :8 * len(names)].ravel(), np.repeat(warps, 8 * len(names))
+        index = machine.shared.index(rows, 16, writers, "stmatrix")
         values = np.stack([operand().reshape(-1, WARP)[warps] for operand in read], 1)
         data = _exchanged(values.reshape(-1, 4).view(np.uint16), transposed)
-        machine.shared.write(index, data.view(np.uint8), np.repeat(warps, 8 * len(names)), "stmatrix")
+        machine.shared.write(index, data.view(np.uint8), writers, "stmatrix")
     return execute
 
 

@@ -64,15 +64,18 @@ class Parameters:
 
 
 class SharedMemory:
-    """A block's shared memory. Bytes never written are NaN in each float format.
+    """The shared memory of blocks, one behind another. Bytes never written are NaN in each float format.
 
-    A race is a byte that one warp writes and another one touches in the same epoch: with no barrier between. It is
-    noticed by the granule: two bytes, or one where `fine`. `pinned` granules are being read by an unfinished wgmma.
+    A race is a byte that one warp writes and another one touches in the same epoch of their block: with no barrier between.
+    It is noticed by the granule: two bytes, or one where `fine`. `pinned` granules are being read by an unfinished wgmma.
+    size: of a block's bytes; warps: of a block, which are numbered through all the blocks.
     """
 
-    def __init__(self, size, races, fine):
-        self.bytes, self.races, self.granule = np.empty(size, np.uint8), races, 1 if fine else 2
-        granules = size // self.granule + 1
+    def __init__(self, size, blocks, warps, races, fine):
+        self.size, self.warps, self.races, self.granule = size, warps, races, 1 if fine else 2
+        self.granules_of_block = size // self.granule + 1
+        granules = blocks * self.granules_of_block
+        self.bytes, self.epoch = np.empty(granules * self.granule, np.uint8), np.empty(blocks, np.int32)
         self.write_epoch, self.writer, self.read_epoch, self.reader, self.pinned = np.empty((5, granules), np.int32)
         self.reset()
 
@@ -81,29 +84,30 @@ class SharedMemory:
         self.write_epoch.fill(NOBODY)
         self.read_epoch.fill(NOBODY)
         self.pinned.fill(0)
-        self.epoch = 0
+        self.epoch.fill(0)
 
-    def next_epoch(self):
-        """A barrier: what went before it is in order with what comes after."""
-        self.epoch += 1
+    def next_epoch(self, blocks):
+        """A barrier in some blocks: what went before it is in order with what comes after."""
+        self.epoch[blocks] += 1
 
-    def index(self, addresses, size, what):
-        """Indices (addresses, size) of the bytes at addresses of the shared or the generic window."""
+    def index(self, addresses, size, warps, what):
+        """Indices (addresses, size) of the bytes at addresses of the shared or the generic window, as these warps see it."""
         offsets = np.where(addresses >= SHARED_WINDOW, addresses - SHARED_WINDOW, addresses).astype(np.int64)
-        if offsets.size and (offsets.min() < 0 or offsets.max() + size > self.bytes.size):
-            raise PtxError(f"shared {what} outside the {self.bytes.size} bytes of shared memory")
+        if offsets.size and (offsets.min() < 0 or offsets.max() + size > self.size):
+            raise PtxError(f"shared {what} outside the {self.size} bytes of shared memory")
         if (offsets % size).any():
             raise PtxError(f"misaligned shared {what} of {size} bytes")
-        return offsets[:, None] + np.arange(size)
+        return (offsets + warps // self.warps * (self.granules_of_block * self.granule))[:, None] + np.arange(size)
 
     def read(self, index, warps, what="load"):
         """The bytes at an index; warps: who reads each of its rows."""
         if self.races:
             granules, warps = self.granules(index), warps[:, None]
             self._refuse_written(granules, warps, what)
-            shared = (self.read_epoch[granules] == self.epoch) & (self.reader[granules] != warps)
+            epoch = self._epoch(granules)
+            shared = (self.read_epoch[granules] == epoch) & (self.reader[granules] != warps)
             self.reader[granules] = np.where(shared, SEVERAL, warps)
-            self.read_epoch[granules] = self.epoch
+            self.read_epoch[granules] = epoch
         return self.bytes[index]
 
     def write(self, index, data, warps, what="store"):
@@ -111,7 +115,7 @@ class SharedMemory:
             granules, warps = self.granules(index), warps[:, None]
             self._refuse_written(granules, warps, what)
             self.refuse_overwrite(index, warps[:, 0], what)
-            self.write_epoch[granules] = self.epoch
+            self.write_epoch[granules] = self._epoch(granules)
             self.writer[granules] = warps
         self.bytes[index] = data
 
@@ -120,7 +124,7 @@ class SharedMemory:
         if not self.races:
             return
         granules = self.granules(index)
-        if ((self.read_epoch[granules] == self.epoch) & (self.reader[granules] != warps[:, None])).any():
+        if ((self.read_epoch[granules] == self._epoch(granules)) & (self.reader[granules] != warps[:, None])).any():
             raise PtxError(f"race in shared memory: {what} over what another warp read, no barrier between")
         if self.pinned[granules].any():
             raise PtxError(f"race in shared memory: {what} over what an unwaited wgmma reads")
@@ -131,43 +135,52 @@ class SharedMemory:
     def unpin(self, granules):
         """The reader has waited. Its other warps may not have: to them, too, a barrier must pass before a store."""
         self.pinned[granules] -= 1
-        self.read_epoch[granules] = self.epoch
+        self.read_epoch[granules] = self._epoch(granules)
         self.reader[granules] = SEVERAL
 
     def granules(self, index):
         """The granules of an index's bytes, row by row."""
         return index if self.granule == 1 else index[:, ::2] >> 1
 
+    def _epoch(self, granules):
+        """That of the block in which each row lies."""
+        return self.epoch[granules[:, :1] // self.granules_of_block]
+
     def _refuse_written(self, granules, warps, what):
-        if ((self.write_epoch[granules] == self.epoch) & (self.writer[granules] != warps)).any():
+        if ((self.write_epoch[granules] == self._epoch(granules)) & (self.writer[granules] != warps)).any():
             raise PtxError(f"race in shared memory: {what} after another warp's store, no barrier between")
 
 
 class AsynchronousCopies:
-    """cp.async: a copy's bytes are fetched when it is issued and land when its group is waited for."""
+    """cp.async: a copy's bytes are fetched when it is issued and land when its group is waited for.
+
+    groups: how many each warp has committed; issued: (index, data, the warp of each row, its group's number).
+    """
 
     def __init__(self, shared, warps):
-        self.shared, self.warps = shared, warps
+        self.shared, self.groups = shared, np.empty(warps, np.int64)
         self.reset()
 
     def reset(self):
-        self.open = [[] for _ in range(self.warps)]
-        self.groups = [[] for _ in range(self.warps)]
+        self.groups.fill(0)
+        self.issued = []
 
     def issue(self, index, data, warps):
         self.shared.refuse_overwrite(index, warps, "cp.async")
-        for warp in np.unique(warps):
-            lanes = warps == warp
-            self.open[warp].append((index[lanes], data[lanes], warps[lanes]))
+        self.issued.append((index, data, warps, self.groups[warps]))
 
     def commit(self, warps):
-        for warp in warps:
-            self.groups[warp].append(self.open[warp])
-            self.open[warp] = []
+        self.groups[warps] += 1
 
     def wait(self, warps, pending):
         """Lands all but the `pending` latest groups of these warps."""
-        for warp in warps:
-            while len(self.groups[warp]) > pending:
-                for index, data, rows in self.groups[warp].pop(0):
-                    self.shared.write(index, data, rows, "cp.async")
+        due = np.zeros_like(self.groups)
+        due[warps] = self.groups[warps] - pending
+        issued, self.issued = self.issued, []
+        for copies in issued:
+            _, _, owners, groups = copies
+            lands = groups < due[owners]
+            if lands.any():
+                self.shared.write(*(rows[lands] for rows in copies[:3]), "cp.async")
+            if not lands.all():
+                self.issued.append(tuple(rows[~lands] for rows in copies))

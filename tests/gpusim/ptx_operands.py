@@ -1,4 +1,4 @@
-"""The registers of a block's threads, and functions that read and write an instruction's operands."""
+"""The registers of the threads, and functions that read and write an instruction's operands."""
 import math
 import re
 
@@ -14,24 +14,24 @@ GARBAGE = 0xFF
 
 
 class Registers:
-    """One array over the threads per register, refilled for each block.
+    """One array per register over the threads of the blocks that run together, block after block.
 
     source(operand, type) gives a function that returns the operand's value; writer(operand, type) one that takes values
     and the mask of the threads that write them.
     """
 
-    def __init__(self, program, shape, grid, symbols):
-        """shape: of the block; symbols: name -> address."""
-        self.types, self.symbols, self.shape, self.grid = program.registers, symbols, shape, grid
-        threads = self.threads = math.prod(shape)
+    def __init__(self, program, shape, grid, blocks, symbols):
+        """shape: of a block; blocks: how many run together; symbols: name -> address."""
+        self.types, self.symbols, self.shape, self.grid, self.blocks = program.registers, symbols, shape, grid, blocks
+        threads = self.threads = blocks * math.prod(shape)
         self.everyone = np.ones(threads, bool)
         self.arrays = {name: np.empty(threads, bool if kind.kind == "pred" else kind.raw)
                        for name, kind in program.registers.items()}
-        self.block = np.zeros(3, np.uint64)
+        self.block = np.zeros((3, threads), np.uint64)
 
-    def reset(self, block):
-        """A register holds garbage until it is written."""
-        self.block[:] = block
+    def reset(self, places):
+        """places: of each block in the grid. A register holds garbage until it is written."""
+        self.block[:] = np.repeat(np.transpose(places), self.threads // self.blocks, axis=1)
         for array in self.arrays.values():
             array.view(np.uint8).fill(0 if array.dtype == bool else GARBAGE)
 
@@ -93,10 +93,10 @@ class Registers:
         return lambda: value
 
     def _special(self, name, axis, kind):
-        threads = np.arange(self.threads)
-        block = self.block[axis:axis + 1]
+        threads = np.arange(self.threads) % math.prod(self.shape)
+        block = self.block[axis]
         if name == "ctaid":
-            return lambda: np.repeat(block, self.threads).astype(kind.raw).view(kind.dtype)
+            return lambda: block.astype(kind.raw).view(kind.dtype)
         lanes = threads % WARP
         inner = math.prod(self.shape[:axis])
         values = {"tid": threads // inner % self.shape[axis], "laneid": lanes, "warpid": threads // WARP,

@@ -13,11 +13,13 @@ TEMPLATE = """
     .reg .b32 %r<32>;
     .reg .b64 %d<16>;
     .reg .b32 %tid;
+    .reg .b32 %thread;
     mov.u32 %tid, %tid.x;
+    mad.lo.u32 %thread, %ctaid.x, %ntid.x, %tid;
     ld.param.u64 %d14, [inputs];
     ld.param.u64 %d15, [result];
-    mad.wide.u32 %d14, %tid, 32, %d14;
-    mad.wide.u32 %d15, %tid, 8, %d15;
+    mad.wide.u32 %d14, %thread, 32, %d14;
+    mad.wide.u32 %d15, %thread, 8, %d15;
     ld.global.v4.b32 {%r0, %r1, %r2, %r3}, [%d14];
     ld.global.v4.b32 {%r4, %r5, %r6, %r7}, [%d14+16];
     mov.b64 %d0, {%r0, %r1};
@@ -31,17 +33,17 @@ TEMPLATE = """
 """
 
 
-def run(body, inputs, shared=0, races=True):
+def run(body, inputs, blocks=1, shared=0, races=True):
     """The result %d7 of each thread as two int32, (threads, 2).
 
-    inputs: int32 or float32 (threads, up to 8): the registers %r0 to %r7, of which %d0 to %d2 are pairs.
+    inputs: int32 or float32 (threads of all blocks, up to 8): the registers %r0 to %r7, of which %d0 to %d2 are pairs.
     """
     threads = inputs.shape[0]
     words = torch.zeros(threads, 8, dtype=torch.int32)
     words[:, :inputs.shape[1]] = inputs.view(torch.int32)
     result = torch.zeros(threads, 2, dtype=torch.int32)
     kernel = Kernel(TEMPLATE.replace("BODY", body))
-    kernel.launch((1,), threads, [words, result], shared=shared, races=races)
+    kernel.launch((blocks,), threads // blocks, [words, result], shared=shared, races=races)
     return result
 
 

@@ -5,6 +5,7 @@ use of its accumulators but by a further wgmma, new values in the registers of A
 it reads. wgmma.fence and fence.proxy.async are not checked. Sums in half precision are not modelled: Triton unpacks
 those before it waits, and leaves it to the assembler to mend that.
 """
+import itertools
 import re
 from typing import NamedTuple
 
@@ -16,8 +17,8 @@ from ptx_parser import PtxError, vector
 WARPGROUP = 4 * WARP
 ROWS = 64
 FIRST_READER = 1 << 16
-SWIZZLE_SPAN = {0: 16, 1: 128, 2: 64, 3: 32}
-SWIZZLE_MASK = {0: 0, 1: 7, 2: 3, 3: 1}
+SWIZZLE_SPAN = np.array([16, 128, 64, 32])
+SWIZZLE_MASK = np.array([0, 7, 3, 1])
 NO_RESULT = ("st", "red", "stmatrix", "bra", "bar", "barrier", "cp")
 
 
@@ -27,9 +28,13 @@ class Product(NamedTuple):
     fragments: frozenset
     granules: list
 
+    @property
+    def registers(self):
+        return self.accumulators | self.fragments
+
 
 class Unfinished:
-    """The products of each warpgroup that have not been waited for."""
+    """The products of each warpgroup that have not been waited for. registers: what they all use."""
 
     def __init__(self, shared, warpgroups):
         self.shared, self.warpgroups = shared, warpgroups
@@ -38,11 +43,12 @@ class Unfinished:
     def reset(self):
         self.open = [[] for _ in range(self.warpgroups)]
         self.groups = [[] for _ in range(self.warpgroups)]
-        self.any = False
+        self.registers = frozenset()
 
     def add(self, warpgroup, product):
         self.open[warpgroup].append(product)
-        self.any = True
+        if not product.registers <= self.registers:
+            self.registers |= product.registers
         for granules in product.granules:
             self.shared.pin(granules)
 
@@ -57,7 +63,10 @@ class Unfinished:
                 for product in self.groups[warpgroup].pop(0):
                     for granules in product.granules:
                         self.shared.unpin(granules)
-        self.any = any(self.open) or any(map(any, self.groups))
+        self.registers = frozenset().union(*{product.registers for products in self._of_all() for product in products})
+
+    def _of_all(self):
+        return itertools.chain(self.open, *self.groups)
 
     def check(self, active, used, written):
         """Raises when an instruction that is no wgmma uses registers which products of its threads own."""
@@ -73,7 +82,7 @@ def guarded(unfinished, instruction, registers, action):
     used, written = _used_registers(instruction, registers)
 
     def checked(flow, mask, active):
-        if unfinished.any:
+        if not unfinished.registers.isdisjoint(used):
             unfinished.check(active, used, written)
         action(flow, mask, active)
     return checked
@@ -133,47 +142,47 @@ class _Multiply:
         self.a_transposed = bool(transposes[0]) and not self.a_in_registers
 
     def __call__(self, active):
-        warpgroups = _warpgroups(active)
-        if not warpgroups.size:
+        groups = _warpgroups(active)
+        if not groups.size:
             return
+        first = groups * WARPGROUP
         self.machine.unfinished.check(active, self.registers[1], frozenset())
-        before, keeps = self.read_d(), self.keeps_d()
+        tiles = [self._tiles(self.b()[first], self.columns, self.b_transposed, groups)]
+        if self.a_in_registers:
+            a = fragment_a(self.a, self.name, self.machine.threads).reshape(-1, ROWS, self.depth)[groups]
+        else:
+            tiles.append(self._tiles(self.a()[first], ROWS, self.a_transposed, groups))
+            a = tiles[1][0]
+        before, keeps = self.read_d().reshape(-1, ROWS, self.columns), self.keeps_d()[first]
         result = np.zeros_like(before)
-        left = fragment_a(self.a, self.name, self.machine.threads) if self.a_in_registers else None
-        for group in warpgroups:
-            first = group * WARPGROUP
-            granules = []
-            a = left[4 * group:4 * group + 4].reshape(ROWS, -1) if self.a_in_registers else (
-                self._tile(self.a()[first], ROWS, self.a_transposed, group, granules))
-            b = self._tile(self.b()[first], self.columns, self.b_transposed, group, granules)
-            product = (self.sign * (a @ b.T)).reshape(4, 16, self.columns)
-            kept = before[4 * group:4 * group + 4] if keeps[first] else 0
-            result[4 * group:4 * group + 4] = product + kept
-            self.machine.unfinished.add(group, Product(*self.registers, granules))
+        kept = np.where(keeps[:, None, None], before[groups], 0)
+        result[groups] = self.sign * (a @ tiles[0][0].transpose(0, 2, 1)) + kept
         self.write_d(result, active)
+        for number, group in enumerate(groups):
+            self.machine.unfinished.add(group, Product(*self.registers, [granules[number] for _, granules in tiles]))
 
-    def _tile(self, descriptor, rows, rows_contiguous, group, granules):
-        """The rows x depth matrix behind a descriptor; the granules it lies in are added to the list."""
+    def _tiles(self, descriptors, rows, rows_contiguous, groups):
+        """The rows x depth matrix behind each group's descriptor, and the granules that it lies in."""
         shared, size = self.machine.shared, ELEMENT_BYTES[self.name]
-        addresses = _tile_addresses(int(descriptor), rows, self.depth, size, rows_contiguous)
-        index = shared.index(addresses.ravel().astype(np.uint64), size, "wgmma")
-        data = shared.read(index, np.full(index.shape[0], FIRST_READER + group), "wgmma")
-        granules.append(shared.granules(index).ravel())
-        words = data.reshape(rows, -1).view(np.uint32)
-        return elements(words, self.name)
+        addresses = _tile_addresses(descriptors, rows, self.depth, size, rows_contiguous).reshape(-1)
+        readers = np.repeat(groups, rows * self.depth)
+        index = shared.index(addresses, size, readers * (WARPGROUP // WARP), "wgmma")
+        words = shared.read(index, FIRST_READER + readers, "wgmma").reshape(len(groups), rows, -1).view(np.uint32)
+        return elements(words, self.name), shared.granules(index).reshape(len(groups), rows * self.depth, -1)
 
 
-def _tile_addresses(descriptor, rows, depth, size, rows_contiguous):
-    """Where each element of a tile lies. The descriptor: start, leading and stride offset in 16 bytes; the swizzle."""
-    start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
-    swizzle = descriptor >> 62
+def _tile_addresses(descriptors, rows, depth, size, rows_contiguous):
+    """Where each element of tiles lies. A descriptor: start, leading and stride offset in 16 bytes; the swizzle."""
+    descriptors = descriptors.astype(np.int64)[:, None, None]
+    start, leading, stride = ((descriptors >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
+    swizzle = descriptors >> 62 & 3
     span = SWIZZLE_SPAN[swizzle]
     row, column = np.arange(rows)[:, None], np.arange(depth)[None, :]
     across, along = (column, row) if rows_contiguous else (row, column)
     per_span = span // size
     addresses = start + (across % 8) * span + (across // 8) * stride + (along % per_span) * size
     addresses = addresses + (along // per_span) * leading
-    return addresses ^ ((addresses >> 7 & SWIZZLE_MASK[swizzle]) << 4)
+    return (addresses ^ ((addresses >> 7 & SWIZZLE_MASK[swizzle]) << 4)).astype(np.uint64)
 
 
 BUILDERS = {"wgmma": build}

@@ -19,10 +19,9 @@ ONE_OF_EACH = ["attention, GQA", "packed_attention", "cross_entropy", "cross_ent
                "add_layer_norm, dropout"]
 # The compiled code of the other dtypes is that of bfloat16 but for its loads, stores and products.
 OTHER_DTYPES = [("float16", 80), ("float32", 90)]
-COMPILED = [*((name, "bfloat16", arch) for name in SPECS for arch in ARCHS),
+COMPILED = [*((name, str(spec.dtype).removeprefix("torch."), arch) for name, spec in SPECS.items() for arch in ARCHS),
             *((name, dtype, arch) for name in ("attention", "add_layer_norm", "bias_gelu, tanh", "cross_entropy")
-              for dtype, arch in OTHER_DTYPES),
-            *(("attention D=256, float32, dropout, window", "float32", arch) for arch in ARCHS)]
+              for dtype, arch in OTHER_DTYPES)]
 
 
 def call(spec, module, others):

@@ -7,6 +7,7 @@ import torch
 pytest.importorskip("triton")
 
 import planted
+import ptx_machine
 import triton.language as tl
 from compiling import compile_kernel
 from number_formats import truncate_to_tf32
@@ -42,7 +43,7 @@ def test_row_sums():
 
 def test_removed_barrier_is_a_race():
     ptx = edited(compiled_row_sums().asm["ptx"], r"bar\.sync\s+0;", "")
-    with pytest.raises(PtxError, match=r"race in shared memory: .* no barrier between; block \(0, 0, 0\), instruction"):
+    with pytest.raises(PtxError, match=r"race in shared memory: .* no barrier between; blocks \(0, 0, 0\) to \(1, 0, 0\), instruction"):
         run_row_sums(ptx)
     run_row_sums(ptx, races=False)
 
@@ -262,6 +263,39 @@ def test_races_through_shared_memory():
         setp.eq.u32 %p0, %tid, 0; @%p0 st.shared.u32 [%d3], 0;"""
     with pytest.raises(PtxError, match="race in shared memory: store over what another warp read"):
         run_word(overwrite, inputs, shared=128)
+
+
+EXCHANGES = """mov.u32 %r31, 0; mov.u32 %r16, 0; mov.u64 %d3, dynamic; mad.wide.u32 %d4, %tid, 4, %d3;
+    sub.u32 %r17, 63, %tid; mad.wide.u32 %d5, %r17, 4, %d3; setp.eq.u32 %p1, %ctaid.x, 1; @%p1 ret;
+    $loop: setp.gt.u32 %p0, %r16, %ctaid.x; @%p0 bra $done;
+    st.shared.u32 [%d4], %r0; bar.sync 0; ld.shared.u32 %r18, [%d5]; bar.sync 0;
+    add.u32 %r31, %r31, %r18; add.u32 %r16, %r16, 1; bra.uni $loop;
+    $done:"""
+
+
+@pytest.mark.parametrize("together", [1, 2, 5])
+def test_each_block_by_itself(monkeypatch, together):
+    """Blocks that run together: block b adds up what its own threads exchange b + 1 times, and the second leaves at once."""
+    monkeypatch.setattr(ptx_machine, "blocks_together", lambda *launch: together)
+    inputs = torch.arange(5 * 64, dtype=torch.int32)
+    result = run_word(EXCHANGES, inputs[:, None], blocks=5, shared=256).reshape(5, 64)
+    assert torch.equal(result, inputs.reshape(5, 64).flip(1) * torch.tensor([1, 0, 3, 4, 5])[:, None])
+    votes = run_word("setp.lt.u32 %p0, %tid, %r0; bar.red.popc.u32 %r31, 0, %p0;", inputs[:, None] // 64, blocks=5)
+    assert torch.equal(votes, inputs.int() // 64)
+
+
+@pytest.mark.parametrize("together", [1, 2])
+@pytest.mark.parametrize("fault, message", [
+    ("@%p1 bra $end; @%p0 bra $first; bar.sync 0; bra $end; $first: bar.sync 0; $end:", "divergent bar.sync"),
+    ("@%p0 st.shared.u32 [%d3], %tid; @%p1 bar.sync 0; ld.shared.u32 %r31, [%d3];", "race in shared memory"),
+    ("@!%p1 ld.shared.u32 %r31, [%d3+128];", "outside the 128 bytes")])
+def test_the_fault_of_one_block(monkeypatch, together, fault, message):
+    """Of the second, where the first block alone passes."""
+    monkeypatch.setattr(ptx_machine, "blocks_together", lambda *launch: together)
+    body = f"mov.u64 %d3, dynamic; setp.lt.u32 %p0, %tid, 32; setp.eq.u32 %p1, %ctaid.x, 0; {fault}"
+    run_word(body, torch.zeros(64, 1), shared=128)
+    with pytest.raises(PtxError, match=rf"{message}.*block.*\(1, 0, 0\), instruction"):
+        run_word(body, torch.zeros(128, 1), blocks=2, shared=128)
 
 
 TILE = "mov.u64 %d3, dynamic; mad.wide.u32 %d4, %tid, 4, %d3; st.shared.u32 [%d4], 0; bar.sync 0;"
