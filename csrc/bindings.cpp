@@ -77,6 +77,16 @@ struct Argument<AttentionOptions> {
   }
 };
 
+// (heads, how many, rows, how many)
+template <>
+struct Argument<Queries> {
+  using Python = const std::tuple<uintptr_t, int64_t, uintptr_t, int64_t>&;
+  static Queries cast(Python a) {
+    auto [heads, head_count, rows, row_count] = a;
+    return {reinterpret_cast<const int64_t*>(heads), head_count, reinterpret_cast<const int64_t*>(rows), row_count};
+  }
+};
+
 // (ignored, smoothing, z_loss)
 template <>
 struct Argument<LossOptions> {
@@ -144,6 +154,7 @@ PYBIND11_MODULE(_C, m) {
   define(m, "gelu_backward", &Kernels::gelu_backward);
   define(m, "attention_forward", &Kernels::attention_forward);
   define(m, "attention_backward", &Kernels::attention_backward);
+  define(m, "attention_weights", &Kernels::attention_weights);
   define(m, "cross_entropy", &Kernels::cross_entropy);
   define(m, "dropout", &Kernels::dropout);
   define(m, "check_targets", &Kernels::check_targets);

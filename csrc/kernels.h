@@ -45,6 +45,14 @@ struct AttentionOptions {
   int64_t seed;
 };
 
+// The chosen heads, numbers below H, and rows, numbers below T.
+struct Queries {
+  const int64_t* heads;
+  int64_t head_count;
+  const int64_t* rows;
+  int64_t row_count;
+};
+
 // A target equal to `ignored` has loss and gradient 0. The loss of any other is (1 - smoothing) times its cross entropy
 // plus smoothing times the mean over all classes', plus z_loss times the square of the log of the sum of e**logit.
 struct LossOptions {
@@ -93,6 +101,9 @@ struct Kernels {
   void (*attention_backward)(int dtype, Heads dout, Heads q, Heads k, Heads v, Heads out, const float* lse,
                              const uint8_t* key_mask, AttentionShape shape, AttentionOptions options, Heads dq,
                              Heads dk, Heads dv);
+  // weights (B, chosen heads, chosen rows, S) of dtype, from forward's lse. window: how many keys a query sees at most, or 0.
+  void (*attention_weights)(int dtype, Heads q, Heads k, const float* lse, const uint8_t* key_mask, Queries queries,
+                            AttentionShape shape, AttentionOptions options, int64_t window, void* weights);
 
   // Of each row of logits (rows, cols), of dtype: its loss; with scales, one for all or, if scale_of_row, one each, the
   // gradient of scale * losses[i] takes the row's place.

@@ -9,16 +9,18 @@ import os
 import torch
 
 from fastgpt import cpu, cuda, kernels, paged, reference
+from fastgpt.torch_op import autocast
 
 OPS = ("layer_norm", "add_layer_norm", "gelu", "bias_gelu", "linear", "attention", "packed_attention", "cross_entropy")
-INFERENCE_OPS = ("store_kv", "paged_attention")  # without a backward
+CACHE_OPS = ("store_kv", "paged_attention")
+INFERENCE_OPS = (*CACHE_OPS, "attention_weights")  # without a backward
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu")
 IMPLEMENTATIONS = {"reference": vars(reference), "cpp": cpu.KERNELS, "triton": kernels.KERNELS, "cuda": cuda.KERNELS}
 REFUSALS = {"reference": lambda *call, **options: None, "cpp": cpu.why_not, "triton": kernels.why_not,
             "cuda": cuda.why_not}
 # What is tried for a device, best first; the reference takes everything.
 PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")}
-CACHE_PREFERENCE = {**PREFERENCE, "cuda": ("cuda", "reference")}  # of INFERENCE_OPS
+CACHE_PREFERENCE = {**PREFERENCE, "cuda": ("cuda", "reference")}  # of CACHE_OPS
 
 
 def _known_backend(name, source):
@@ -58,8 +60,7 @@ def resolve(op, *tensors, device=None, **options):
             raise RuntimeError(f"fastgpt.ops.{op}: the backend {_forced!r} was asked for, but {reason}")
         return _forced, "asked for by FASTGPT_BACKEND or ops.backend()"
     refusals = []
-    preference = CACHE_PREFERENCE if op in INFERENCE_OPS else PREFERENCE
-    for name in preference.get(device, ("reference",)):
+    for name in (CACHE_PREFERENCE if op in CACHE_OPS else PREFERENCE).get(device, ("reference",)):
         reason = REFUSALS[name](op, device, *tensors, **options)
         if reason is None:
             return name, "; ".join(refusals) or f"the first choice on {device}"
@@ -203,7 +204,7 @@ def linear(x, weight, bias=None, *, activation=None, residual=None):
         _check(residual.shape == (*x.shape[:-1], N),
                lambda: f"linear: residual must have shape {(*x.shape[:-1], N)}, got {tuple(residual.shape)}")
         _check_same_device("linear", "residual", residual, x)
-    x, weight, bias, residual = _autocast(x, weight, bias, residual)
+    x, weight, bias, residual = autocast(x, weight, bias, residual)
     _check_same_dtype("linear", x=x, weight=weight, bias=bias, residual=residual)
     function = _implementation("linear", x, weight, bias, residual)
     return function(x, weight, bias, activation=activation, residual=residual)
@@ -231,27 +232,67 @@ def attention(q, k, v, *, causal=True, scale=None, dropout_p=0.0, key_mask=None,
     return_lse: also each row's log of the sum of e**score, (B, H, T) float32, -inf for a row that sees no key; it has no
     gradient.
     """
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _check_floating("attention", name, tensor)
-        if tensor.dim() != 4:
-            raise ValueError(f"attention: {name} must have 4 dimensions (batch, heads, length, head size), "
-                             f"got shape {tuple(tensor.shape)}")
-    (B, H, _, D), (G, S) = q.shape, k.shape[1:3]
-    _check_heads("attention", q, k, v, H, G, D)
-    _check(k.shape[0] == B, lambda: f"attention: k must have batch {B} and head size {D} as q, got {tuple(k.shape)}")
+    _check_attended("attention", q, k, v, key_mask)
     _check_scores("attention", scale, causal, window)
-    if key_mask is not None:
-        _check_tensor("attention", "key_mask", key_mask)
-        _check(key_mask.shape == (B, S) and key_mask.dtype == torch.bool,
-               lambda: f"attention: key_mask must be bool of shape {(B, S)}, got {key_mask.dtype} "
-                       f"{tuple(key_mask.shape)}")
-        _check_same_device("attention", "key_mask", key_mask, q)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     _check_same_dtype("attention", q=q, k=k, v=v)
     seed = _dropout_seed("attention", dropout_p, seed)
     function = _implementation("attention", q, k, v, window=window)
     return function(q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, key_mask=key_mask, seed=seed,
                     window=window, return_lse=return_lse)
+
+
+def attention_weights(q, k, lse, *, queries=(None, None), causal=True, scale=None, key_mask=None, window=None):
+    """The weights with which `attention` adds up the values, before dropout, of chosen queries alone; without a backward.
+
+    q (B, H, T, D), k (B, G, S, D), lse (B, H, T): what `attention` took and, with return_lse, gave, under the same options.
+    queries: (heads, rows) of q, each a sequence of ints, a tensor of them (a GPU is waited for, a compiled graph broken), or
+    None for all -> (B, heads, rows, S) in q's dtype, as attention multiplies them; 0 where a key is not seen. What the last
+    token attends to, in all heads:
+
+        out, lse = ops.attention(q, k, v, return_lse=True)
+        weights = ops.attention_weights(q, k, lse, queries=(None, [q.shape[2] - 1]))
+    """
+    _check_attended("attention_weights", q, k, k, key_mask)
+    _check_scores("attention_weights", scale, causal, window)
+    _check_tensor("attention_weights", "lse", lse)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    _check(lse.shape == q.shape[:3] and lse.dtype == dtype, lambda: f"attention_weights: lse must be {dtype} of shape "
+           f"{tuple(q.shape[:3])}, got {lse.dtype} {tuple(lse.shape)}")
+    _check_same_device("attention_weights", "lse", lse, q)
+    _check(isinstance(queries, (tuple, list)) and len(queries) == 2,
+           lambda: f"attention_weights: queries must be (heads, rows), got {queries!r}")
+    queries = tuple(_chosen(*which, q.device) for which in zip(("heads", "rows"), queries, q.shape[1:3]))
+    q, k, lse = (t.detach() for t in (*autocast(q, k), lse))
+    _check_same_dtype("attention_weights", q=q, k=k)
+    function = _implementation("attention_weights", q, k)
+    return function(q, k, lse, queries=queries, causal=causal, scale=scale, key_mask=key_mask, window=window)
+
+
+def _chosen(name, numbers, count, device):
+    """Some of the numbers below count, or for None all, as an int64 tensor."""
+    if numbers is None:
+        return torch.arange(count, device=device)
+    numbers = numbers.tolist() if isinstance(numbers, torch.Tensor) else numbers
+    numbers = [numbers] if isinstance(numbers, int) else list(numbers)
+    wrong = [n for n in numbers if type(n) is not int or not 0 <= n < count]
+    _check(not wrong, lambda: f"attention_weights: {name} must be ints in [0, {count}), got {wrong[0]!r}")
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
+
+
+def _check_attended(op, q, k, v, key_mask):
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _check_floating(op, name, tensor)
+        _check(tensor.dim() == 4, lambda name=name, tensor=tensor: f"{op}: {name} must have 4 dimensions (batch, heads, "
+                                                                   f"length, head size), got shape {tuple(tensor.shape)}")
+    (B, H, _, D), (G, S) = q.shape, k.shape[1:3]
+    _check_heads(op, q, k, v, H, G, D)
+    _check(k.shape[0] == B, lambda: f"{op}: k must have batch {B} and head size {D} as q, got {tuple(k.shape)}")
+    if key_mask is not None:
+        _check_tensor(op, "key_mask", key_mask)
+        _check(key_mask.shape == (B, S) and key_mask.dtype == torch.bool,
+               lambda: f"{op}: key_mask must be bool of shape {(B, S)}, got {key_mask.dtype} {tuple(key_mask.shape)}")
+        _check_same_device(op, "key_mask", key_mask, q)
 
 
 def _check_heads(op, q, k, v, H, G, D):
@@ -291,7 +332,7 @@ def packed_attention(q, k, v, q_starts, k_starts, *, causal=True, scale=None, dr
                    f"{tuple(k_starts.shape)}")
     _check_starts("q_starts", q_starts, q)
     _check_starts("k_starts", k_starts, k)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     _check_same_dtype("packed_attention", q=q, k=k, v=v)
     seed = _dropout_seed("packed_attention", dropout_p, seed)
     function = _implementation("packed_attention", q, k, v, window=window, dropout_p=dropout_p)
@@ -401,17 +442,8 @@ def cross_entropy(x, weight, targets, *, bias=None, ignore_index=-100, reduction
            lambda: f"cross_entropy: reduction must be mean, sum or none, got {reduction!r}")
     _check_number("cross_entropy", "label_smoothing", label_smoothing, 0.0, 1.0)
     _check_number("cross_entropy", "z_loss", z_loss, 0.0)
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     _check_same_dtype("cross_entropy", x=x, weight=weight, bias=bias)
     function = _implementation("cross_entropy", x, weight, bias)
     return function(x, weight, targets, bias=bias, ignore_index=ignore_index, reduction=reduction,
                     label_smoothing=label_smoothing, z_loss=z_loss)
-
-
-def _autocast(*tensors):
-    """The matrices of a product in autocast's dtype, when it is on for their device."""
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

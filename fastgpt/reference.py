@@ -78,6 +78,18 @@ def attention(q, k, v, *, causal=True, scale=None, dropout_p=0.0, key_mask=None,
     return out, lse if lse.dtype == torch.float64 else lse.float()
 
 
+def attention_weights(q, k, lse, *, queries=(None, None), causal=True, scale=None, key_mask=None, window=None):
+    """q (B, H, T, D), k (B, G, S, D), lse (B, H, T) -> (B, heads, rows, S). See `fastgpt.ops.attention_weights`."""
+    heads, rows = (slice(None) if chosen is None else chosen for chosen in queries)
+    (H, T, D), (G, S) = q.shape[1:], k.shape[1:3]
+    k = k.repeat_interleave(H // G, dim=1)[:, heads]
+    scores = (q[:, heads][:, :, rows] @ k.transpose(-2, -1)) * (D ** -0.5 if scale is None else scale)
+    # A row that sees no key has weights 0, not e**(-inf + inf)
+    lse = lse.masked_fill(lse == float("-inf"), float("inf"))[:, heads][:, :, rows, None]
+    visible = attention_mask(T, S, causal, key_mask, q.device, window)[:, :, rows]
+    return (scores - lse).exp().masked_fill(~visible, 0.0).to(q.dtype)
+
+
 def packed_attention(q, k, v, q_starts, k_starts, *, causal=True, scale=None, dropout_p=0.0, seed=0, window=None):
     """q (N, H, D), k and v (M, G, D), starts (B + 1,) -> (N, H, D). See `fastgpt.ops.packed_attention`."""
     out = [q[:0]]

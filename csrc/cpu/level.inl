@@ -20,6 +20,7 @@
 #include "gemm.inl"
 #include "attention.inl"
 #include "attention_backward.inl"
+#include "attention_weights.inl"
 #include "linear.inl"
 
 namespace fastgpt {
@@ -66,6 +67,10 @@ const Kernels table = {
     [](int dtype, Heads dout, Heads q, Heads k, Heads v, Heads out, const float* lse, const uint8_t* key_mask,
        AttentionShape shape, AttentionOptions options, Heads dq, Heads dk, Heads dv) {
       BY_DTYPE(dtype, attention_backward, {q, k, v, key_mask, shape, options}, {dout, out, lse, dq, dk, dv});
+    },
+    [](int dtype, Heads q, Heads k, const float* lse, const uint8_t* key_mask, Queries queries, AttentionShape shape,
+       AttentionOptions options, int64_t window, void* weights) {
+      BY_DTYPE(dtype, attention_weights, {q, k, {}, key_mask, shape, options}, {queries, lse, window, weights});
     },
     [](int dtype, void* logits, const int64_t* targets, const float* scales, bool scale_of_row, float* losses,
        int64_t rows, int64_t cols, LossOptions options) {

@@ -82,6 +82,27 @@ def define_packed_attention(prefix, launch, launch_backward):
     return packed_attention
 
 
+def define_attention_weights(prefix, launch):
+    """-> attention_weights(q, k, lse, ...), with an op of torch.library named after `prefix`, without a gradient.
+
+    launch(q, k, lse, heads, rows, key_mask, causal, scale, window) -> weights.
+    """
+    op = define(
+        f"{prefix}attention_weights(Tensor q, Tensor k, Tensor lse, Tensor heads, Tensor rows, Tensor? key_mask, bool causal,"
+        " float scale, int window) -> Tensor", launch, _fake_weights)
+
+    def attention_weights(q, k, lse, *, queries, causal=True, scale=None, key_mask=None, window=None):
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return op(q, k, lse, *queries, key_mask, causal, scale, window or 0)
+
+    return attention_weights
+
+
+def empty_weights(q, k, heads, rows):
+    """Room for the weights of some heads and rows: (B, heads, rows, S)."""
+    return torch.empty((q.shape[0], len(heads), len(rows), k.shape[2]), dtype=q.dtype, device=q.device)
+
+
 def _as_batch(*packed):
     """(rows, heads, D) -> (1, heads, rows, D)"""
     return tuple(x.transpose(0, 1)[None] for x in packed)
@@ -109,6 +130,10 @@ def _packed_setup(ctx, inputs, output):
 
 def _fake_forward(q, k, v, key_mask, seed, causal, scale, dropout_p, window, keep_lse):
     return empty_joinable(q), empty_lse(q, keep_lse)
+
+
+def _fake_weights(q, k, lse, heads, rows, key_mask, causal, scale, window):
+    return empty_weights(q, k, heads, rows)
 
 
 def _fake_backward(dout, q, k, v, out, lse, key_mask, seed, causal, scale, dropout_p, window):

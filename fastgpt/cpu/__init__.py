@@ -1,6 +1,6 @@
 """The C++ kernels for the CPU behind `fastgpt.ops`: one file an op, in the order launchers, op definitions, function."""
 from fastgpt.autograd.tensors import MAX_HEAD_SIZE
-from fastgpt.cpu.attention import attention, packed_attention
+from fastgpt.cpu.attention import attention, attention_weights, packed_attention
 from fastgpt.cpu.cross_entropy import cross_entropy
 from fastgpt.cpu.gelu import bias_gelu, gelu
 from fastgpt.cpu.launch import DTYPES
@@ -11,7 +11,7 @@ from fastgpt.extension import CACHE_DTYPES, KEY_LANES, MISSING
 
 KERNELS = {"gelu": gelu, "bias_gelu": bias_gelu, "layer_norm": layer_norm, "add_layer_norm": add_layer_norm,
            "linear": linear, "attention": attention, "packed_attention": packed_attention, "cross_entropy": cross_entropy,
-           "store_kv": store_kv, "paged_attention": paged_attention}
+           "store_kv": store_kv, "paged_attention": paged_attention, "attention_weights": attention_weights}
 
 
 def why_not(op, device, *tensors, window=None, dropout_p=0.0, cache=None):

@@ -1,5 +1,12 @@
-"""Attention: launchers of csrc/cpu/attention.inl and attention_backward.inl."""
-from fastgpt.autograd.attention import define_attention, define_packed_attention, empty_joinable, empty_lse
+"""Attention: launchers of csrc/cpu/attention.inl, attention_backward.inl and attention_weights.inl."""
+from fastgpt.autograd.attention import (
+    define_attention,
+    define_attention_weights,
+    define_packed_attention,
+    empty_joinable,
+    empty_lse,
+    empty_weights,
+)
 from fastgpt.autograd.tensors import dense
 from fastgpt.cpu.launch import DTYPES, pointer
 from fastgpt.extension import _C
@@ -70,5 +77,16 @@ def _sequences(packing):
     return zip(*(map(slice, starts, starts[1:]) for starts in (packing[0].tolist(), packing[1].tolist())))
 
 
+def _weights(q, k, lse, heads, rows, key_mask, causal, scale, window):
+    q, k = unit_stride(q, k)
+    lse, heads, rows, key_mask = dense(lse, heads, rows, key_mask)
+    weights = empty_weights(q, k, heads, rows)
+    _C.attention_weights(DTYPES[q.dtype], _heads(q), _heads(k), pointer(lse), pointer(key_mask),
+                         (pointer(heads), len(heads), pointer(rows), len(rows)), _shape(q, k),
+                         _options(causal, scale, 0.0, None), window, pointer(weights))
+    return weights
+
+
 attention = define_attention("", _forward, _backward)
+attention_weights = define_attention_weights("", _weights)
 packed_attention = define_packed_attention("", _packed_forward, _packed_backward)

@@ -48,6 +48,7 @@ def load():
     from fastgpt.kernels import (
         attention,
         attention_backward,
+        attention_weights,
         cross_entropy,
         gelu,
         layer_norm,
@@ -55,10 +56,11 @@ def load():
         paged_attention,
         reduce,
     )
-    MODULES[:] = [attention, attention_backward, cross_entropy, gelu, layer_norm, paged_attention, reduce]
+    MODULES[:] = [attention, attention_backward, attention_weights, cross_entropy, gelu, layer_norm, paged_attention, reduce]
     KERNELS.update(layer_norm=layer_norm.layer_norm, add_layer_norm=layer_norm.add_layer_norm, gelu=gelu.gelu,
                    bias_gelu=gelu.bias_gelu, linear=linear.linear, attention=attention.attention,
-                   packed_attention=attention.packed_attention, cross_entropy=cross_entropy.cross_entropy)
+                   packed_attention=attention.packed_attention, cross_entropy=cross_entropy.cross_entropy,
+                   attention_weights=attention_weights.attention_weights)
 
 
 def why_not(op, device, *tensors, **options):

@@ -128,5 +128,12 @@ def prefill_config(arch, dtype, width, window, quantised):
     return _first(((PREFILL, kind) for kind in kinds), arch, width)
 
 
+# The weights of attention: (BLOCK_M, BLOCK_N, columns of q and k at a time, options). A tile has one product for each of its
+# results, so that memory is the limit: 32 results a thread leave room for several blocks a processor, and rows of 64 keys
+# are whole lines of 128 bytes. float32: in three TF32 parts, of which fewer columns fit.
+def attention_weights_config(dtype):
+    return (64, 64, 32, {"num_warps": 4}) if dtype.itemsize == 4 else (64, 64, 64, {"num_warps": 4})
+
+
 CROSS_ENTROPY_BLOCK, CROSS_ENTROPY_WARPS = 4096, 8  # 16 elements a thread: two 16-byte loads of a 16-bit dtype
 CROSS_ENTROPY_CHUNK = 256e6  # bytes of logits: 2,500 rows of GPT-2's, enough for the products to be at their peak

@@ -57,7 +57,8 @@ typedef Kernels K;
 typedef EngineKernels E;
 const K ops = forwarding<&kAvx512, &K::layer_norm_forward, &K::layer_norm_backward, &K::arithmetic, &K::read_memory, &K::gemm,
                          &K::activation_backward, &K::gelu_forward, &K::gelu_backward, &K::attention_forward,
-                         &K::attention_backward, &K::cross_entropy, &K::check_targets, &K::add_rows, &K::dropout>();
+                         &K::attention_backward, &K::attention_weights, &K::cross_entropy, &K::check_targets, &K::add_rows,
+                         &K::dropout>();
 template <auto Table>
 const E engine = forwarding<Table, &E::panel_columns, &E::panel_bytes, &E::pack_weight, &E::fingerprint, &E::unpack_column,
                             &E::packed_linear, &E::store_kv, &E::paged_attention, &E::step, &E::sample>();

@@ -42,6 +42,11 @@ def prefill(name, old, new, tests):
     return Mutation(name, "fastgpt/kernels/paged_attention.py", old, new, tests, ("tests/gpusim/test_paged_prefill.py",))
 
 
+def weights(name, old, new, tests):
+    files = ("tests/gpusim/test_attention_weights_kernel.py", "tests/test_attention_weights.py")
+    return Mutation(name, "fastgpt/kernels/attention_weights.py", old, new, tests, files)
+
+
 INTERPRETED, COMPILED = "interpreted and ", "test_compiled and "
 MUTATIONS = [
     kernel("the sum is not rescaled", "attention", "weight_sum * rescale + tl.sum", "weight_sum + tl.sum",
@@ -135,6 +140,11 @@ MUTATIONS = [
             "interpreted and float16 and int8"),
     prefill("the page of the tile before", "_load_page(TABLE, start + BLOCK_N, S,", "_load_page(TABLE, start, S,", "interpreted"),
     prefill("a row behind the table", "- T < capacity, factor", "- T <= capacity, factor", "behind_the_table"),
+    weights("a place among the chosen rows for the row", "load_lse(LSE + (b * H + h) * T, own,", "load_lse(LSE + (b * H + h) * T, places,",
+            "compiled and bfloat16-80"),
+    weights("a tile that some row does not see", "tl.max(tl.max(seen.to(tl.int32), 1), 0)", "tl.min(tl.max(seen.to(tl.int32), 1), 0)",
+            "interpreted"),
+    weights("chosen rows at offsets of 32 bits", "own.to(tl.int64)[:, None] * q_row", "own[:, None] * q_row", "kernel and offsets"),
     cuda("a key's place in its page", "store_kv.cu", "+ slot % cache.page_size;", "+ (slot + 1) % cache.page_size;", "stores"),
     cuda("a scale of a part of the row", "store_kv.cu", "d < D; d += 32", "d < D; d += 33", "stores"),
     cuda("keys in the place of values", "store_kv.cu", "(const S*)a.v + n", "(const S*)a.k + n", "stores"),

@@ -113,6 +113,8 @@ def library_calls():
         "gelu": (t(5, 8), t(8), True),
         "attention": (t(1, 4, 5, 8), t(1, 2, 6, 8), t(1, 2, 6, 8), torch.ones(1, 6) > 0, seed, True, 0.3, 0.25, 4, True),
         "packed_attention": (t(5, 4, 8), t(5, 2, 8), t(5, 2, 8), starts, starts, None, True, 0.3, 0.0, 0, True),
+        "attention_weights": (*(x.detach() for x in (t(1, 4, 5, 8), t(1, 2, 6, 8), t(1, 4, 5))), torch.tensor([3, 1]), torch.tensor([4]),
+                              torch.ones(1, 6) > 0, True, 0.3, 4),
         "cross_entropy": (*loss, True, [True, True, True]),
         "cross_entropy_rows": loss,
     }
