@@ -200,6 +200,11 @@ class GPT(nn.Module):
             raise ValueError("generate: give either params or its fields one by one, not both")
         return generation.generate(self, idx, params, tokenizer=tokenizer, streamer=streamer)
 
+    def attention_weights(self, idx, *, layers=None, heads=None, rows=None):
+        """What the tokens of idx (B, T) attend to: {layer: (B, heads, rows, T)}. See `fastgpt.inspection.attention_weights`."""
+        from fastgpt import inspection
+        return inspection.attention_weights(self, idx, layers, (heads, rows))
+
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
         """A model from a file, a directory or the Hugging Face hub, in eval mode: see `fastgpt.checkpoint.load`."""
