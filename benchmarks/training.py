@@ -12,6 +12,7 @@ from benchmarks.peers import pytorch
 from benchmarks.processes import Parent, memory_mb, reset_peak
 from benchmarks.threads import use_threads
 from fastgpt import GPT, GPTConfig
+from fastgpt.allocator import keep_freed_memory
 
 MODELS = {
     "gpt2": GPTConfig(block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768),
@@ -40,6 +41,7 @@ def build(variant, config):
     torch.manual_seed(0)
     reference = FastGPT(config)
     if kind == "fastgpt":
+        keep_freed_memory()  # as `fastgpt train` does
         model = reference
         optimizer = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, BETAS, "cpu")
     else:

@@ -12,6 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from fastgpt import ops
+from fastgpt.autograd.embedding import embedding
+from fastgpt.autograd.heads import split_heads
 from fastgpt.config import GPTConfig, check_int
 
 A100_BF16_FLOPS = 312e12  # per second: the peak that nanoGPT's figures are a share of
@@ -46,6 +48,13 @@ class Linear(nn.Linear):
         return ops.linear(x, self.weight, self.bias, activation=self.activation)
 
 
+class Embedding(nn.Embedding):
+    """ids (...) -> rows of the weight (..., C): torch's module, our gradient."""
+
+    def forward(self, ids):
+        return embedding(ids, self.weight)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -57,7 +66,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, key_mask=None, cache=None):
         B, T, C = x.shape
-        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
+        q, k, v = split_heads(self.c_attn(x), self.n_head)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, S, D): all keys so far, of which the last T are new
         dropout_p = self.dropout if self.training else 0.0
@@ -96,8 +105,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(config.vocab_size, config.n_embd),
-            "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "wte": Embedding(config.vocab_size, config.n_embd),
+            "wpe": Embedding(config.block_size, config.n_embd),
             "drop": nn.Dropout(config.rate("embd")),
             "h": nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
             "ln_f": LayerNorm(config),

@@ -1,13 +1,22 @@
 """Attention: its PyTorch op around a device's forward and backward launchers."""
 import torch
 
+from fastgpt.memory import empty
 from fastgpt.torch_op import define, needs_gradient, seed_tensor
 
 
 def empty_joinable(x):
     """An uninitialised tensor of x's shape (B, H, T, D) that lies as (B, T, H, D): its heads join without a copy."""
+    return empty(x.shape, x.dtype, x.device, stride=_joinable(x))
+
+
+def _joinable(x):
     _, H, T, D = x.shape
-    return torch.empty_strided(x.shape, (T * H * D, D, H * D, 1), dtype=x.dtype, device=x.device)
+    return T * H * D, D, H * D, 1
+
+
+def _fake_joinable(x):
+    return x.new_empty_strided(x.shape, _joinable(x))
 
 
 def empty_lse(q, keep_lse):
@@ -129,7 +138,7 @@ def _packed_setup(ctx, inputs, output):
 
 
 def _fake_forward(q, k, v, key_mask, seed, causal, scale, dropout_p, window, keep_lse):
-    return empty_joinable(q), empty_lse(q, keep_lse)
+    return _fake_joinable(q), empty_lse(q, keep_lse)
 
 
 def _fake_weights(q, k, lse, heads, rows, key_mask, causal, scale, window):
@@ -137,7 +146,7 @@ def _fake_weights(q, k, lse, heads, rows, key_mask, causal, scale, window):
 
 
 def _fake_backward(dout, q, k, v, out, lse, key_mask, seed, causal, scale, dropout_p, window):
-    return empty_joinable(q), empty_joinable(k), empty_joinable(v)
+    return _fake_joinable(q), _fake_joinable(k), _fake_joinable(v)
 
 
 def _setup(ctx, inputs, output):

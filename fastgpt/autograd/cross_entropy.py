@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastgpt.memory import empty
 from fastgpt.torch_op import define
 
 MIN_ROWS = 64
@@ -50,11 +51,9 @@ class _Gradients:
 
     def __init__(self, x, weight, wanted, chunks, products, add_rows):
         self.wanted, self.multiply, self.add_rows = wanted, products.multiply, add_rows
-        options = {"device": x.device}
-        self.dx = torch.empty(x.shape if wanted[0] else 0, dtype=x.dtype, **options)
-        self.dweight = torch.empty(weight.shape if wanted[1] else 0, dtype=x.dtype if chunks == 1 else torch.float32,
-                                   **options)
-        self.dbias = torch.zeros(len(weight) if wanted[2] else 0, dtype=torch.float32, **options)
+        self.dx = empty(x.shape if wanted[0] else (0,), x.dtype, x.device)
+        self.dweight = empty(weight.shape if wanted[1] else (0,), x.dtype if chunks == 1 else torch.float32, x.device)
+        self.dbias = torch.zeros(len(weight) if wanted[2] else 0, dtype=torch.float32, device=x.device)
         if chunks == 0:
             self.dweight.zero_()
 
@@ -79,7 +78,7 @@ def _in_chunks(launchers, x, weight, bias, targets, options, scale, wanted):
     chunks, rows = _split(N, int(products.chunk_bytes / (max(stride, 1) * products.logits_dtype.itemsize)))
     losses = torch.empty(N, dtype=torch.float32, device=x.device)
     gradients = _Gradients(x, weight, wanted, chunks, products, launchers.add_rows)
-    buffer = torch.empty((rows, stride), dtype=products.logits_dtype, device=x.device)
+    buffer = empty((rows, stride), products.logits_dtype, x.device)
     for begin in range(0, N, rows or 1):
         chunk, these = x[begin:begin + rows], slice(begin, begin + rows)
         logits = products.multiply(chunk, weight.t(), out=buffer[:len(chunk), :V], bias=bias)

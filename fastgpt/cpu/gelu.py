@@ -5,6 +5,7 @@ from fastgpt.autograd.gelu import define_gelu
 from fastgpt.autograd.tensors import dense, rows_of
 from fastgpt.cpu.launch import DTYPES, pointer
 from fastgpt.extension import _C
+from fastgpt.memory import empty_like
 
 
 def _shape(x, by_column):
@@ -14,14 +15,14 @@ def _shape(x, by_column):
 
 def _forward(x, bias, tanh):
     x, bias = dense(x, bias)
-    y = torch.empty_like(x)
+    y = empty_like(x)
     _C.gelu_forward(DTYPES[x.dtype], tanh, pointer(x), pointer(bias), pointer(y), *_shape(x, bias is not None))
     return y
 
 
 def _backward(dy, x, bias, tanh, wants_dbias):
     dy, x, bias = dense(dy, x, bias)
-    dx = torch.empty_like(x)
+    dx = empty_like(x)
     dbias = torch.empty(x.shape[-1] if wants_dbias else 0, dtype=torch.float32, device=x.device)
     _C.gelu_backward(DTYPES[x.dtype], tanh, pointer(dy), pointer(x), pointer(bias), pointer(dx),
                      pointer(dbias) if wants_dbias else 0, *_shape(x, bias is not None or wants_dbias))

@@ -1,8 +1,7 @@
 """The matrix product of csrc/cpu/gemm.inl on strided matrices: the launcher that linear and the fused head share."""
-import torch
-
 from fastgpt.cpu.launch import DTYPES, pointer
 from fastgpt.extension import _C, ACTIVATIONS
+from fastgpt.memory import empty
 
 
 def matmul(a, b, out=None, *, accumulate=False, bias=None, activation=None, pre=None, residual=None):
@@ -12,7 +11,7 @@ def matmul(a, b, out=None, *, accumulate=False, bias=None, activation=None, pre=
     bias (N,); pre (receives the product + bias) and residual have out's dtype and strides.
     """
     if out is None:
-        out = torch.empty(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device)
+        out = empty((a.shape[0], b.shape[1]), a.dtype)
     epilogue = (0 if bias is None else DTYPES[bias.dtype], pointer(bias), ACTIVATIONS[activation], pointer(pre),
                 pointer(residual))
     _C.gemm(_matrix(a), _matrix(b), _matrix(out), accumulate, epilogue)

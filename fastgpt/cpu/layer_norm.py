@@ -5,12 +5,13 @@ from fastgpt.autograd.layer_norm import define_layer_norm
 from fastgpt.autograd.tensors import dense, rows_of
 from fastgpt.cpu.launch import DTYPES, pointer
 from fastgpt.extension import _C
+from fastgpt.memory import empty_like
 
 
 def _dropout(x, seed, dropout_p):
     """x with each element dropped or multiplied by 1 / (1 - dropout_p); its own backward."""
     x, = dense(x)
-    out = torch.empty_like(x)
+    out = empty_like(x)
     _C.dropout(DTYPES[x.dtype], pointer(x), pointer(out), *rows_of(x), int(seed), dropout_p)
     return out
 
@@ -21,7 +22,7 @@ def _normalise(x, residual, weight, bias, seed, eps, dropout_p):
         x = _dropout(x, seed, dropout_p)
     x, residual, weight, bias = dense(x, residual, weight, bias)
     rows, C = rows_of(x)
-    y, total = torch.empty_like(x), None if residual is None else torch.empty_like(x)
+    y, total = empty_like(x), None if residual is None else empty_like(x)
     statistics = torch.empty((2, rows), dtype=torch.float32, device=x.device)
     mean = pointer(statistics)
     _C.layer_norm_forward(DTYPES[x.dtype], DTYPES[weight.dtype], pointer(x), pointer(residual), pointer(weight),
@@ -33,7 +34,7 @@ def _backward(dy, dtotal, total, weight, statistics, seed, dropout_p):
     """dtotal: what else flows into the sum (the residual stream's gradient), or None."""
     dy, dtotal, weight = dense(dy, dtotal, weight)
     rows, C = rows_of(total)
-    dresidual = torch.empty_like(total)
+    dresidual = empty_like(total)
     gradients = torch.empty((2, C), dtype=torch.float32, device=total.device)
     mean, dweight = pointer(statistics), pointer(gradients)
     _C.layer_norm_backward(DTYPES[total.dtype], DTYPES[weight.dtype], pointer(dy), pointer(dtotal), pointer(total),

@@ -9,6 +9,7 @@ from fastgpt.cpu.gelu import gelu
 from fastgpt.cpu.gemm import matmul
 from fastgpt.cpu.launch import DTYPES, pointer
 from fastgpt.extension import _C, ACTIVATIONS, HAS_BF16
+from fastgpt.memory import empty, empty_like
 from fastgpt.torch_op import define, needs_gradient
 
 
@@ -27,7 +28,7 @@ def _forward(x, weight, bias, residual, activation, keep_pre):
     """-> y (..., N), and the activation's input, if it is to be kept for backward (else no elements)."""
     bias, residual = dense(bias, residual)
     shape = (*x.shape[:-1], weight.shape[0])
-    y, pre = torch.empty(shape, dtype=x.dtype), torch.empty(shape if keep_pre else 0, dtype=x.dtype)
+    y, pre = empty(shape, x.dtype), empty(shape if keep_pre else (0,), x.dtype)
     matmul(_rows(x), weight.t(), out=_rows(y), bias=bias, activation=activation or None,
            pre=pre if keep_pre else None, residual=residual)
     return y, pre
@@ -45,7 +46,7 @@ def _activation_backward(dy, pre, activation, wants_dbias):
     """The gradient at the activation's input (rows, N), and its sum over the rows."""
     if activation or wants_dbias:
         dy = dy.contiguous()
-    dz = torch.empty_like(dy) if activation else dy
+    dz = empty_like(dy) if activation else dy
     dbias = torch.empty(dy.shape[1] if wants_dbias else 0, dtype=torch.float32, device=dy.device)
     _C.activation_backward(DTYPES[dy.dtype], ACTIVATIONS[activation or None], pointer(dy), pointer(pre), pointer(dz),
                            pointer(dbias) if wants_dbias else 0, *dy.shape)
