@@ -38,14 +38,14 @@ class LayerNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """x (..., K) -> activation(x @ weight.T + bias), (..., N): torch's parameters and initialisation, our kernel."""
+    """x (..., K) -> input_activation(x) @ weight.T + bias, (..., N): torch's parameters and initialisation, our kernel."""
 
-    def __init__(self, n_in, n_out, bias, activation=None):
+    def __init__(self, n_in, n_out, bias, input_activation=None):
         super().__init__(n_in, n_out, bias=bias)
-        self.activation = activation
+        self.input_activation = input_activation
 
     def forward(self, x):
-        return ops.linear(x, self.weight, self.bias, activation=self.activation)
+        return ops.linear(x, self.weight, self.bias, input_activation=self.input_activation)
 
 
 class Embedding(nn.Embedding):
@@ -77,8 +77,9 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, config.inner_width, config.bias, config.activation)
-        self.c_proj = Linear(config.inner_width, config.n_embd, config.bias)
+        self.c_fc = Linear(config.n_embd, config.inner_width, config.bias)
+        # The activation is the second product's: what it gives need not be kept for backward.
+        self.c_proj = Linear(config.inner_width, config.n_embd, config.bias, input_activation=config.activation)
 
     def forward(self, x):
         return self.c_proj(self.c_fc(x))

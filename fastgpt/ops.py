@@ -187,15 +187,18 @@ def _check_gelu(op, x, approximate):
            lambda: f"{op}: approximate must be 'none' or 'tanh', got {approximate!r}")
 
 
-def linear(x, weight, bias=None, *, activation=None, residual=None):
-    """activation(x @ weight.T + bias) + residual, in one pass on the CPU.
+def linear(x, weight, bias=None, *, activation=None, residual=None, input_activation=None):
+    """activation(input_activation(x) @ weight.T + bias) + residual, on the CPU in one pass behind the input's activation.
 
     x (..., K), weight (N, K), bias (N,) or None, residual (..., N) or None -> (..., N).
-    activation: None, "gelu" (exact), "gelu_tanh" or "relu". Under autocast the matrices are cast to its dtype.
+    activations: None, "gelu" (exact), "gelu_tanh" or "relu"; on the CPU backward keeps x and not input_activation(x). Under
+    autocast the matrices are cast to its dtype.
     """
     _check_floating("linear", "x", x)
     _check_matrix("linear", x, weight)
-    _check(activation in ACTIVATIONS, lambda: f"linear: activation must be one of {ACTIVATIONS}, got {activation!r}")
+    for name, value in (("activation", activation), ("input_activation", input_activation)):
+        _check(value in ACTIVATIONS,
+               lambda name=name, value=value: f"linear: {name} must be one of {ACTIVATIONS}, got {value!r}")
     N = weight.shape[0]
     if bias is not None:
         _check_vector("linear", "bias", bias, N, x)
@@ -207,7 +210,7 @@ def linear(x, weight, bias=None, *, activation=None, residual=None):
     x, weight, bias, residual = autocast(x, weight, bias, residual)
     _check_same_dtype("linear", x=x, weight=weight, bias=bias, residual=residual)
     function = _implementation("linear", x, weight, bias, residual)
-    return function(x, weight, bias, activation=activation, residual=residual)
+    return function(x, weight, bias, activation=activation, residual=residual, input_activation=input_activation)
 
 
 def _check_matrix(op, x, weight):

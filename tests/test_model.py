@@ -9,7 +9,7 @@ import torch
 from numerics import GRADIENTS, assert_accurate
 from plain_gpt import PlainGPT
 
-from fastgpt import GPT, GPTConfig, checkpoint
+from fastgpt import GPT, GPTConfig, checkpoint, extension
 from fastgpt import model as model_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -240,6 +240,29 @@ def test_a_token_does_not_see_the_future():
 def gradients_with_seed(model, idx, targets):
     torch.manual_seed(5)
     return loss_and_gradients(model, idx, targets)[2]
+
+
+def kept_for_backward(n_layer):
+    """The elements of the tensors that a step keeps, parameters apart."""
+    model = GPT(GPTConfig(**{**SMALL, "n_layer": n_layer, "n_head": 1}))
+    parameters, kept = {p.data_ptr() for p in model.parameters()}, {}
+
+    def keep(t):
+        if t.data_ptr() not in parameters:
+            kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = model(*batch(model.config), return_logits=False)[1]
+    assert loss.requires_grad
+    return sum(t.untyped_storage().nbytes() // t.itemsize for t in kept.values())
+
+
+@pytest.mark.skipif(bool(extension.MISSING), reason=str(extension.MISSING))
+def test_neither_the_activation_nor_the_norms_results_are_kept():
+    rows, C = 3 * SMALL["block_size"], SMALL["n_embd"]
+    streams, qkv, attention, wide, statistics = 2 * C, 3 * C, C, 4 * C, 2 * 2 + 1
+    assert kept_for_backward(4) - kept_for_backward(3) == rows * (streams + qkv + attention + wide + statistics)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

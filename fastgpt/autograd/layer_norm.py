@@ -1,7 +1,10 @@
 """Layer norm, alone and behind dropout and a residual add."""
+from functools import partial
+
 import torch
 
-from fastgpt.torch_op import define, seed_tensor
+from fastgpt.autograd.tensors import give_recipe
+from fastgpt.torch_op import define, is_traced, seed_tensor
 
 
 def define_layer_norm(prefix, launch, launch_backward):
@@ -18,6 +21,25 @@ def define_layer_norm(prefix, launch, launch_backward):
     def forward(x, weight, bias, eps):
         y, _, statistics = launch(x, None, weight, bias, None, eps, 0.0)
         return y, statistics
+
+    def setup(ctx, inputs, output):
+        x, weight, bias, eps = inputs
+        y, statistics = output
+        save(ctx, y, x.contiguous(), (weight, bias, None, eps), statistics)
+
+    def add_setup(ctx, inputs, output):
+        _, _, *parameters, ctx.dropout_p = inputs
+        y, total, statistics = output
+        save(ctx, y, total, parameters, statistics)
+
+    def save(ctx, y, total, parameters, statistics):
+        weight, bias, seed, eps = parameters
+        ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(total, weight, statistics, seed)
+        ctx.has_bias = bias is not None
+        if not is_traced(y):  # the product behind the norm wants y for its weight's gradient alone
+            give_recipe(y, partial(_norm_again, launch, eps), total, weight, bias)
 
     def grad(ctx, dy, _):
         if dy is None:
@@ -37,10 +59,10 @@ def define_layer_norm(prefix, launch, launch_backward):
         return dx if ctx.dropout_p else dresidual, dresidual, gradients[0], dbias, None, None, None
 
     norm = define(f"{prefix}layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
-                  forward, _fake_forward, setup_context=_setup, backward=grad)
+                  forward, _fake_forward, setup_context=setup, backward=grad)
     add_norm = define(
         f"{prefix}add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, Tensor? seed, float eps,"
-        " float dropout_p) -> (Tensor, Tensor, Tensor)", launch, _fake_add_forward, setup_context=_add_setup,
+        " float dropout_p) -> (Tensor, Tensor, Tensor)", launch, _fake_add_forward, setup_context=add_setup,
         backward=add_grad)
 
     def layer_norm(x, weight, bias=None, eps=1e-5):
@@ -51,6 +73,10 @@ def define_layer_norm(prefix, launch, launch_backward):
         return add_norm(x, residual, weight, bias, seed_tensor(dropout_p, seed), eps, dropout_p)[:2]
 
     return layer_norm, add_layer_norm
+
+
+def _norm_again(launch, eps, total, weight, bias):
+    return launch(total, None, weight, bias, None, eps, 0.0)[0]
 
 
 def _statistics(x):
@@ -74,24 +100,6 @@ def _fake_add_forward(x, residual, weight, bias, seed, eps, dropout_p):
 def _fake_backward(dy, dtotal, total, weight, statistics, seed, dropout_p):
     dx = torch.empty_like(total) if dropout_p else total.new_empty(0)
     return torch.empty_like(total), dx, weight.new_empty((2, weight.shape[0]))
-
-
-def _setup(ctx, inputs, output):
-    x, weight, bias, _ = inputs
-    _save(ctx, x.contiguous(), weight, bias, output[1], None)
-
-
-def _add_setup(ctx, inputs, output):
-    _, _, weight, bias, seed, _, ctx.dropout_p = inputs
-    _, total, statistics = output
-    _save(ctx, total, weight, bias, statistics, seed)
-
-
-def _save(ctx, total, weight, bias, statistics, seed):
-    ctx.mark_non_differentiable(statistics)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(total, weight, statistics, seed)
-    ctx.has_bias = bias is not None
 
 
 def _of_one_dtype(x, weight, bias):
