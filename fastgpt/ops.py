@@ -9,7 +9,7 @@ import os
 import torch
 
 from fastgpt import cpu, cuda, kernels, paged, reference
-from fastgpt.torch_op import autocast
+from fastgpt.autograd.cast import autocast
 
 OPS = ("layer_norm", "add_layer_norm", "gelu", "bias_gelu", "linear", "attention", "packed_attention", "cross_entropy")
 CACHE_OPS = ("store_kv", "paged_attention")

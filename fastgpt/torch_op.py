@@ -64,12 +64,3 @@ def seed_tensor(dropout_p, seed):
     if not dropout_p:
         return None
     return torch.tensor(seed, dtype=torch.int64, device="cpu") if isinstance(seed, int) else seed
-
-
-def autocast(*tensors):
-    """The matrices of a product in autocast's dtype, when it is on for their device."""
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from processes import run_python
 
 from fastgpt import GPT, GPTConfig, memory, ops
+from fastgpt.autograd.cast import cast
 from fastgpt.autograd.embedding import embedding
 from fastgpt.autograd.heads import split_heads
 
@@ -18,6 +19,11 @@ LARGE = memory.LARGE // 4  # float32
 def pool(monkeypatch):
     monkeypatch.setattr(memory, "_pool", memory.Pool(1 << 30))
     return memory._pool
+
+
+def inside(pool, tensor):
+    begin = torch.frombuffer(pool.memory, dtype=torch.uint8).data_ptr()
+    return begin <= tensor.data_ptr() < begin + len(pool.memory)
 
 
 def end_of(pool):
@@ -127,8 +133,7 @@ def test_the_gradient_of_embeddings(tied, pool):
     alone, = gradients(embedding)
     for actual in (alone, *gradients(embedding, times=2)):
         torch.testing.assert_close(actual, expected)
-    begin = torch.frombuffer(pool.memory, dtype=torch.uint8).data_ptr()
-    assert begin <= alone[-1].data_ptr() < begin + len(pool.memory)  # the head's, in its place
+    assert inside(pool, alone[-1])  # the head's, in its place
 
 
 def test_the_gradients_of_heads(pool):
@@ -139,6 +144,15 @@ def test_the_gradients_of_heads(pool):
     weights = torch.randn(3, 2, 4, 300, 80)
     gradient, = torch.autograd.grad(sum((w * part).sum() for w, part in zip(weights, (q, k, v))), qkv)
     assert torch.equal(gradient, torch.cat([w.transpose(1, 2).reshape(2, 300, 320) for w in weights], dim=2))
+
+
+def test_casts_lie_in_it(pool):
+    x = torch.randn(1500, 1000, requires_grad=True)
+    y, dy = cast(x, torch.bfloat16), torch.randn(1500, 1000).bfloat16()
+    dx, = torch.autograd.grad(y, x, dy)
+    assert inside(pool, y) and inside(pool, dx)
+    assert torch.equal(y, x.bfloat16()) and torch.equal(dx, dy.float())
+    assert cast(x, torch.float32) is x
 
 
 def model_and_tokens():
