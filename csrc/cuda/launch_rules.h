@@ -9,9 +9,11 @@ namespace cuda {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The query rows (tokens times query heads of a key head) that a block of paged_attention takes together, so that a key
-// is read once for all of them: one where there is only one, else four; a group of more rows is more blocks, which find
-// the keys in the L2 cache.
+// The most query rows (tokens times query heads of a key head) that a block of paged_attention takes together, so that a key
+// is read once for all of them; more rows are more blocks, which find the keys in the L2 cache.
+constexpr int kMostRows = 8;
+
+// How many a block takes of a cache of floats: one where there is only one, else four. Eight would take twice as long.
 inline int64_t rows_of_block(int64_t max_query, int64_t group) { return max_query * group == 1 ? 1 : 4; }
 
 // The head size that a kernel is compiled for: the least that holds D.

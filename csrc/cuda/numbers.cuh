@@ -31,12 +31,7 @@ __device__ __forceinline__ void halves_of(uint32_t word, float* x) {
   x[0] = pair.x, x[1] = pair.y;
 }
 
-// The 16 bytes of T in `words` as floats: x[0 .. 16 / sizeof(T)). Of e4m3 they come out divided by kUnit<e4m3>.
-template <class T>
-constexpr float kUnit = 1.0f;
-template <>
-constexpr float kUnit<e4m3> = 256.0f;
-
+// The 16 bytes of T in `words` as floats: x[0 .. 16 / sizeof(T)).
 __device__ __forceinline__ void unpack(const uint32_t (&words)[4], float* x, float) {
 #pragma unroll
   for (int i = 0; i < 4; i++) x[i] = bit_cast<float>(words[i]);
@@ -52,28 +47,39 @@ __device__ __forceinline__ void unpack(const uint32_t (&words)[4], float* x, __n
     x[2 * i + 1] = bit_cast<float>(words[i] & 0xFFFF0000u);
   }
 }
-// A byte b + 128 as the last one of 2**23's mantissa is 2**23 + 128 + b: a permutation and a subtraction, where a
-// conversion would take four times as long.
-__device__ __forceinline__ void unpack(const uint32_t (&words)[4], float* x, int8_t) {
-#pragma unroll
-  for (int i = 0; i < 16; i++) {
-    const uint32_t shifted = words[i / 4] ^ 0x80808080u;
-    x[i] = bit_cast<float>(dev::byte_perm(shifted, 0x4B000000u, 0x7540u + i % 4)) - 8388736.0f;
-  }
-}
-// e4m3's bits, moved to where float16 has them, are 2**-8 of the number, of subnormal ones too.
-__device__ __forceinline__ void unpack(const uint32_t (&words)[4], float* x, e4m3) {
-#pragma unroll
-  for (int i = 0; i < 8; i++) {
-    const uint32_t two = dev::byte_perm(words[i / 2], 0, i % 2 ? 0x3424 : 0x1404);
-    halves_of((two & 0x80008000u) | (two & 0x7F007F00u) >> 1, x + 2 * i);
-  }
-}
 template <class T>
 __device__ __forceinline__ void load_chunk(const void* from, float* x) {
   const uint4 four = *(const uint4*)from;
   const uint32_t words[4] = {four.x, four.y, four.z, four.w};
   unpack(words, x, T{});
+}
+
+// A number u put into the lowest bits of a mantissa whose unit is 1 is kUnits + u; the subtraction of two of them is exact.
+template <class T>
+constexpr unsigned kUnits = 0;
+template <>
+constexpr unsigned kUnits<__half> = 0x64006400;  // 1024, twice
+template <>
+constexpr unsigned kUnits<__nv_bfloat16> = 0x43004300;  // 128, twice
+
+__device__ __forceinline__ unsigned difference(unsigned a, unsigned b, __half) {
+  return bit_cast<unsigned>(__hsub2(bit_cast<__half2>(a), bit_cast<__half2>(b)));
+}
+__device__ __forceinline__ unsigned difference(unsigned a, unsigned b, __nv_bfloat16) {
+  return bit_cast<unsigned>(__hsub2(bit_cast<__nv_bfloat162>(a), bit_cast<__nv_bfloat162>(b)));
+}
+
+constexpr int kAndOr = 0xEA, kAndXor = 0x6A;  // (a & b) | c and (a & b) ^ c
+
+// Of four numbers + 128, the bytes of a word, the numbers 0 and 2 (odd: 1 and 3) as two T.
+__device__ __forceinline__ unsigned of_bytes(unsigned word, bool odd, __half t) {
+  const unsigned spread = dev::byte_perm(word, kUnits<__half>, odd ? 0x5351 : 0x5250);
+  return difference(spread, kUnits<__half> + 0x00800080, t);
+}
+// bfloat16 has room for 7 bits: the eighth is in what is subtracted, 128 where it is set and 256 where not.
+__device__ __forceinline__ unsigned of_bytes(unsigned word, bool odd, __nv_bfloat16 t) {
+  const unsigned pair = odd ? word >> 8 : word, low = dev::lop3<kAndOr>(pair, 0x007F007F, kUnits<__nv_bfloat16>);
+  return difference(low, dev::lop3<kAndXor>(pair, 0x00800080, kUnits<__nv_bfloat16> + 0x00800080), t);
 }
 
 __device__ __forceinline__ void round_to(float x, float* to) { *to = x; }

@@ -86,6 +86,13 @@ __device__ __forceinline__ float ex2(float x) {
   return y;
 }
 
+// The logarithm to base 2, of subnormal numbers taken as 0.
+__device__ __forceinline__ float lg2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Four of the eight bytes of a (the lower four) and b, numbered by the selector's nibbles.
 __device__ __forceinline__ unsigned byte_perm(unsigned a, unsigned b, unsigned selector) {
   return __byte_perm(a, b, selector);

@@ -30,33 +30,6 @@ struct WeightOnlyArguments {
 
 namespace {
 
-// A number u put into the lowest bits of a mantissa whose unit is 1 is kUnits + u; the subtraction of two of them is exact.
-template <class T>
-constexpr unsigned kUnits = 0;
-template <>
-constexpr unsigned kUnits<__half> = 0x64006400;  // 1024, twice
-template <>
-constexpr unsigned kUnits<__nv_bfloat16> = 0x43004300;  // 128, twice
-
-__device__ __forceinline__ unsigned difference(unsigned a, unsigned b, __half) {
-  return bit_cast<unsigned>(__hsub2(bit_cast<__half2>(a), bit_cast<__half2>(b)));
-}
-__device__ __forceinline__ unsigned difference(unsigned a, unsigned b, __nv_bfloat16) {
-  return bit_cast<unsigned>(__hsub2(bit_cast<__nv_bfloat162>(a), bit_cast<__nv_bfloat162>(b)));
-}
-
-constexpr int kAndOr = 0xEA, kAndXor = 0x6A;  // (a & b) | c and (a & b) ^ c
-
-// Of four weights + 128, the bytes of a word, those of the bytes 0 and 2 (odd: 1 and 3) as two T.
-__device__ __forceinline__ unsigned of_bytes(unsigned word, bool odd, __half t) {
-  const unsigned spread = dev::byte_perm(word, kUnits<__half>, odd ? 0x5351 : 0x5250);
-  return difference(spread, kUnits<__half> + 0x00800080, t);
-}
-// bfloat16 has room for 7 bits: the eighth is in what is subtracted, 128 where it is set and 256 where not.
-__device__ __forceinline__ unsigned of_bytes(unsigned word, bool odd, __nv_bfloat16 t) {
-  const unsigned pair = odd ? word >> 8 : word, low = dev::lop3<kAndOr>(pair, 0x007F007F, kUnits<__nv_bfloat16>);
-  return difference(low, dev::lop3<kAndXor>(pair, 0x00800080, kUnits<__nv_bfloat16> + 0x00800080), t);
-}
 // Two weights + 8 in the lowest nibbles of a word's halves.
 template <class T>
 __device__ __forceinline__ unsigned of_nibbles(unsigned word) {

@@ -44,7 +44,8 @@ def of_cache(dtype):
         k = torch.empty(BATCH, HEADS, D, dtype=activations)
         paged.write(cache(), k, k.clone(), torch.arange(BATCH) * CONTEXT)
 
-    moved = {"paged_attention_kernel": 2 * BATCH * HEADS * CONTEXT * row}
+    kernel = "paged_attention_bytes_kernel" if dtype.itemsize == 1 else "paged_attention_kernel"
+    moved = {kernel: 2 * BATCH * HEADS * CONTEXT * row}
     return [Case(f"paged attention, {name} cache", attend, moved), Case(f"store_kv, {name} cache", store, {})]
 
 

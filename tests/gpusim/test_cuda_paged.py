@@ -107,9 +107,31 @@ def test_groups_of_heads(shim, H, G):
     Case(H=H, G=G, lens=[(1, 30), (1, 17)]).store().check()
 
 
+@pytest.mark.parametrize("cache", [torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("window", [1, 5, 64, 256, 300])
-def test_a_window(shim, window):
-    Case(lens=[(1, 1), (1, 700), (5, 513)]).store().check(window=window)
+def test_a_window(shim, window, cache):
+    Case(cache=cache, lens=[(1, 1), (1, 700), (5, 513)]).store().check(window=window)
+
+
+@pytest.mark.parametrize("scales", [1e-30, 1e-3, 1e5, 1e30])
+@pytest.mark.parametrize("cache", LARGEST, ids=str)
+def test_bytes_of_any_scale(shim, cache, scales):
+    """Values whose scales lie far apart and queries of any size, as exact as float32: sums of float16 alone would be neither."""
+    case = Case(cache=cache, dtype=torch.float32, D=64, H=8, G=1, lens=[(1, 200), (2, 70)])
+    for values in (case.new[1], case.past[1]):
+        values *= scales * 10 ** torch.randint(-4, 4, (len(values), 1, 1))
+    case.q *= scales ** 0.5
+    for keys in (case.new[0], case.past[0]):
+        keys /= scales ** 0.5
+    case.store().check()
+
+
+def test_a_later_token_that_is_not_finite_does_not_reach_the_earlier(shim):
+    for cache in LARGEST:
+        case = Case(cache=cache, lens=[(3, 50)])
+        case.new[:, 2, :, 3] = float("nan")
+        found = case.store().run()
+        assert found[:2].isfinite().all() and found[2].isnan().all()
 
 
 @pytest.mark.parametrize("cache", CACHES, ids=str)
@@ -279,10 +301,10 @@ def test_the_default_dtype_is_not_asked(cuda):
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize(("H", "G"), [(2, 2), (4, 1)])
-@pytest.mark.parametrize("cache", CACHES, ids=str)
-def test_keys_and_values_are_read_once(cache, H, G):
-    """And with the partial results, written and read, no more than 5 % beyond them moves, where heads share no keys."""
+@pytest.mark.parametrize(("H", "G", "cache"), [(H, G, cache) for H, G in ((2, 2), (4, 1), (8, 1)) for cache in CACHES
+                                               if H == G or H / G <= 4 or cache in LARGEST], ids=str)
+def test_keys_and_values_are_read_once(H, G, cache):
+    """For 4 query heads, of caches of bytes for 8. And with the partial results, written and read, no more than 5 % beyond them moves, where heads share no keys."""
     D, lens = 64, [(1, 1024), (1, 700), (1, 257)]
     with running_cuda(Shim()) as executor:
         case = Case(64, cache, D=D, H=H, G=G, lens=lens).store()

@@ -82,6 +82,8 @@ inline float ex2(float x) {
   return y < 0x1p-126f ? 0.0f : y;
 }
 
+inline float lg2(float x) { return log2f(fabsf(x) < 0x1p-126f ? 0.0f : x); }
+
 inline unsigned byte_perm(unsigned a, unsigned b, unsigned selector) {
   const uint64_t bytes = (uint64_t)b << 32 | a;
   unsigned chosen = 0;
