@@ -93,12 +93,8 @@ class GpuBackend:
 
     def advance(self, llm, scheduler, endings, under_way):
         """Starts a step, then takes in the tokens of the one before: -> ([(sequence, its new token)], what is under way)."""
-        made = []
-        if under_way and scheduler.penalises:
-            made, under_way = self._finish(llm, scheduler, endings, under_way), None  # what is drawn depends on them
         started = self._start(llm, scheduler, under_way)
-        if under_way:
-            made = self._finish(llm, scheduler, endings, under_way)
+        made = self._finish(llm, scheduler, endings, under_way) if under_way else []
         return made, started
 
     def _start(self, llm, scheduler, under_way):
@@ -114,14 +110,18 @@ class GpuBackend:
             return None
         ready, logits = scheduler.fork_ready(step.ready, logits, lambda counts: llm.runner.repeat(logits, counts))
         again = under_way and under_way.ready == ready and not scheduler.penalises
-        draws = llm.runner.next_draws(under_way.draws) if again else llm.runner.draws(ready, scheduler.drawn(ready))
+        if again:
+            draws = llm.runner.next_draws(under_way.draws)
+        else:
+            draws = llm.runner.draws(ready, scheduler.drawn(ready), scheduler.drawn_at(ready), under_way and under_way.tokens)
         rows = np.array([i for i, s in enumerate(ready) if s.logprobs is not None], np.int64)
-        logs = llm.runner.log_probabilities(logits, rows) if len(rows) else None  # what is drawn from is overwritten
+        chosen = slice(None) if len(rows) == len(ready) else self.device.upload(rows)
+        logs = llm.runner.log_probabilities(logits[chosen]) if len(rows) else None  # what is drawn from is overwritten
         found = tokens = llm.runner.draw(logits, draws, llm.known_ids())
         count = 0
         if len(rows):
             count = min(max(ready[i].request.params.logprobs for i in rows), llm.config.vocab_size)
-            found = llm.runner.report(tokens, logs, rows, count)
+            found = llm.runner.report(tokens, tokens[chosen], logs, count)
         scheduler.drew(ready)
         return UnderWay(ready, tokens, draws, self.device.download(found), rows, count)
 

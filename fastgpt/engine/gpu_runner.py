@@ -245,12 +245,20 @@ class GpuRunner:
             draws.position.add_(1)
             return draws
 
-    def draws(self, ready, positions):
-        """How the next token of each sequence is drawn. positions: where it goes."""
+    def draws(self, ready, positions, drawn_at, drawn):
+        """How the next token of each sequence is drawn. positions: where it goes; drawn, drawn_at: the tokens that the step
+        before drew, and which of them is each sequence's, where the host does not know it yet."""
         with self.alone():
-            return draws_of([Row(s.request.params, s.request.seed, s.sample, position,
-                                 s.ids[:s.length] if s.request.params.penalises else (), len(s.request.prompt))
-                             for s, position in zip(ready, positions.tolist())], self.device.torch)
+            positions = positions.tolist()
+            found = draws_of([Row(s.request.params, s.request.seed, s.sample, position,
+                                  s.ids[:position] if s.request.params.penalises else (), len(s.request.prompt))
+                              for s, position in zip(ready, positions)], self.device.torch)
+            late = [i for i, s in enumerate(ready) if s.request.params.penalises and positions[i] > s.length]
+            if late:
+                places = np.array([late, [positions[i] - 1 for i in late], drawn_at[late]], np.int64)
+                rows, last, numbers = self.device.upload(places)
+                found.history[rows, last] = drawn[numbers]
+            return found
 
     def draw(self, logits, draws, known):
         """The next tokens from logits (R, V), of which the first `known` ids count and which are overwritten: -> (R,) int32 on
@@ -258,16 +266,14 @@ class GpuRunner:
         with self.alone():
             return sample(logits[:, :known], draws)
 
-    def log_probabilities(self, logits, rows):
-        """Of some rows of logits (R, V), an array of their numbers: (L, V) float32."""
+    def log_probabilities(self, logits):
         with self.alone():
-            return torch.log_softmax(logits if len(rows) == len(logits) else logits[self.device.upload(rows)], 1)
+            return torch.log_softmax(logits, 1)
 
-    def report(self, tokens, logs, rows, count):
-        """(tokens (R,), then for each of the L rows the `count` likeliest ids, (L, count), the log probabilities of these and of
-        the row's token, (L, count + 1), whose bits are those of float32): one int32 tensor."""
+    def report(self, tokens, own, logs, count):
+        """(tokens (R,), then for each of L rows the `count` likeliest ids, (L, count), the log probabilities of these and of
+        its own token, (L, count + 1), whose bits are those of float32): one int32 tensor. own (L,), logs (L, V): of these rows."""
         with self.alone():
-            own = tokens if len(rows) == len(tokens) else tokens[self.device.upload(rows)]
             values, ids = logs.topk(count, 1)
             values = torch.cat((values, logs.gather(1, own.clamp(min=0).long()[:, None])), 1)
             return torch.cat((tokens, ids.int().view(-1), values.view(torch.int32).view(-1)))

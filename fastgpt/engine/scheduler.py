@@ -206,6 +206,11 @@ class Scheduler:
         self._settle()
         return self._at.drawn[[sequence.lane for sequence in ready]]
 
+    def drawn_at(self, ready):
+        """As which token the step before drew the last one of each sequence, where that is still on its way."""
+        self._settle()
+        return self._at.drawn_at[[sequence.lane for sequence in ready]]
+
     @property
     def penalises(self):
         """Whether what is drawn next depends on the tokens so far."""

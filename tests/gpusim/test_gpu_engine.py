@@ -60,6 +60,23 @@ def test_drawn_tokens_are_those_of_the_cpu(gpu, model):
     assert ids(gpu_llm(model).generate(prompts(1), params)) == ids(LLM(model).generate(prompts(1), params))
 
 
+def test_penalties_do_not_wait_for_the_token_before(gpu, model, monkeypatch):
+    """Which is still on its way when the next step starts, and counts all the same."""
+    events, step, download = [], gpu_runner.GpuRunner.step, gpu.download
+
+    def downloaded(device, tensor):
+        wait = download(device, tensor)
+        return lambda: events.append("wait") or wait()
+    monkeypatch.setattr(gpu_runner.GpuRunner, "step", lambda *args, **options: events.append("step") or step(*args, **options))
+    monkeypatch.setattr(gpu, "download", downloaded)
+    params = [SamplingParams(max_tokens=8 + i, temperature=0, repetition_penalty=5.0, ignore_eos=True) for i in range(3)]
+    llm = gpu_llm(model)
+    events.clear()
+    found = llm.generate(prompts(1)[:3], params)
+    assert events[:5] == ["step", "step", "wait", "step", "wait"]
+    assert ids(found) == ids(LLM(model).generate(prompts(1)[:3], params))
+
+
 @pytest.mark.parametrize("told", [[3, 3, 3, 3], [None, 5, None, 0]], ids=["of all", "of some"])
 def test_log_probabilities(gpu, model, told):
     """Beside requests without any, of samples that part, with penalties, and to the end of each."""
