@@ -46,7 +46,6 @@ __device__ __forceinline__ int first_key(int position, int64_t window) {
   return window > 0 && position >= window ? position - (int)window + 1 : 0;
 }
 
-// Of a kernel whose blocks take R query rows.
 template <int R>
 __device__ __forceinline__ Place find_place(const AttentionArguments& a) {
   Place p;
