@@ -150,7 +150,6 @@ PYBIND11_MODULE(_C, m) {
   define(m, "read_memory", &Kernels::read_memory);
   define(m, "gemm", &Kernels::gemm);
   define(m, "activation_backward", &Kernels::activation_backward);
-  define(m, "apply_activation", &Kernels::apply_activation);
   define(m, "gelu_forward", &Kernels::gelu_forward);
   define(m, "gelu_backward", &Kernels::gelu_backward);
   define(m, "attention_forward", &Kernels::attention_forward);

@@ -87,8 +87,6 @@ struct Kernels {
   // activation dz is dy: pre and dz may be null.
   void (*activation_backward)(int dtype, int activation, const void* dy, const void* pre, void* dz, float* dbias,
                               int64_t rows, int64_t cols);
-  // y = activation(x), all of `size` elements of dtype; with a dy also dx = dy activation'(x), which may be dy.
-  void (*apply_activation)(int dtype, int activation, const void* x, void* y, const void* dy, void* dx, int64_t size);
   // y = gelu(x + bias), x and y (rows, cols), bias (cols) or null, all of dtype; exact, or by tanh if `tanh`.
   void (*gelu_forward)(int dtype, int tanh, const void* x, const void* bias, void* y, int64_t rows, int64_t cols);
   // dx = dy gelu'(x + bias); dbias, float32 (cols) or null, is dx's sum over the rows.

@@ -12,8 +12,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from fastgpt import ops
-from fastgpt.autograd.embedding import embedding
-from fastgpt.autograd.heads import split_heads
 from fastgpt.config import GPTConfig, check_int
 
 A100_BF16_FLOPS = 312e12  # per second: the peak that nanoGPT's figures are a share of
@@ -38,21 +36,21 @@ class LayerNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """x (..., K) -> input_activation(x) @ weight.T + bias, (..., N): torch's parameters and initialisation, our kernel."""
+    """x (..., K) -> activation(x @ weight.T + bias), (..., N): torch's parameters and initialisation, our kernel."""
 
-    def __init__(self, n_in, n_out, bias, input_activation=None):
+    def __init__(self, n_in, n_out, bias, activation=None):
         super().__init__(n_in, n_out, bias=bias)
-        self.input_activation = input_activation
+        self.activation = activation
 
     def forward(self, x):
-        return ops.linear(x, self.weight, self.bias, input_activation=self.input_activation)
+        return ops.linear(x, self.weight, self.bias, activation=self.activation)
 
 
 class Embedding(nn.Embedding):
     """ids (...) -> rows of the weight (..., C): torch's module, our gradient."""
 
     def forward(self, ids):
-        return embedding(ids, self.weight)
+        return ops.embedding(ids, self.weight)
 
 
 class CausalSelfAttention(nn.Module):
@@ -66,7 +64,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, key_mask=None, cache=None):
         B, T, C = x.shape
-        q, k, v = split_heads(self.c_attn(x), self.n_head)
+        q, k, v = ops.split_heads(self.c_attn(x), self.n_head)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, S, D): all keys so far, of which the last T are new
         dropout_p = self.dropout if self.training else 0.0
@@ -77,9 +75,8 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, config.inner_width, config.bias)
-        # The activation is the second product's: what it gives need not be kept for backward.
-        self.c_proj = Linear(config.inner_width, config.n_embd, config.bias, input_activation=config.activation)
+        self.c_fc = Linear(config.n_embd, config.inner_width, config.bias, config.activation)
+        self.c_proj = Linear(config.inner_width, config.n_embd, config.bias)
 
     def forward(self, x):
         return self.c_proj(self.c_fc(x))

@@ -44,15 +44,13 @@ def bias_gelu(x, bias, approximate="none"):
     return F.gelu(x + bias, approximate=approximate)
 
 
-def linear(x, weight, bias=None, *, activation=None, residual=None, input_activation=None):
-    y = activate(F.linear(activate(x, input_activation), weight, bias), activation)
+def linear(x, weight, bias=None, *, activation=None, residual=None):
+    y = F.linear(x, weight, bias)
+    if activation == "relu":
+        y = F.relu(y)
+    elif activation is not None:
+        y = F.gelu(y, approximate=GELU_APPROXIMATION[activation])
     return y if residual is None else y + residual
-
-
-def activate(x, activation):
-    if activation is None:
-        return x
-    return F.relu(x) if activation == "relu" else F.gelu(x, approximate=GELU_APPROXIMATION[activation])
 
 
 def attention(q, k, v, *, causal=True, scale=None, dropout_p=0.0, key_mask=None, seed=0, window=None, return_lse=False,

@@ -129,7 +129,7 @@ REFUSALS = {
                   "sizes"),
     "eps": (lambda: _changed(lambda m: setattr(m.transformer.ln_f, "eps", 0.1)), "switches"),
     "scale": (lambda: _changed(lambda m: setattr(m.transformer.h[0].attn, "scale", 2.0)), "switches"),
-    "activation": (lambda: _changed(lambda m: setattr(m.transformer.h[1].mlp.c_proj, "input_activation", "relu")), "switches"),
+    "activation": (lambda: _changed(lambda m: setattr(m.transformer.h[1].mlp.c_fc, "activation", "relu")), "switches"),
     "one block's dropout": (lambda: _changed(lambda m: m.transformer.h[0].train(), dropout=0.1), "training mode"),
     "elsewhere": (lambda: _changed(lambda m: m.transformer.h[0].to("meta")), "not all on the CPU"),
 }

@@ -1,5 +1,4 @@
 import importlib
-import itertools
 from contextlib import contextmanager
 from functools import partial
 
@@ -21,9 +20,8 @@ def make(M, K, N, dtype=torch.float32):
             "bias": torch.randn(N, dtype=dtype), "residual": torch.randn(M, N, dtype=dtype)}
 
 
-def with_activation(module, activation, of_input=None):
-    return lambda x, weight, bias, residual: module.linear(x, weight, bias, activation=activation, residual=residual,
-                                                           input_activation=of_input)
+def with_activation(module, activation):
+    return lambda x, weight, bias, residual: module.linear(x, weight, bias, activation=activation, residual=residual)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -31,26 +29,6 @@ def with_activation(module, activation, of_input=None):
 def test_values_and_gradients(shape, activation, dtype, level):
     with ops.backend("cpp"):
         check_op(with_activation(ops, activation), make(*shape, dtype), with_activation(reference, activation))
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
-def test_an_activation_of_the_input(shape, activation, dtype, level):
-    with ops.backend("cpp"):
-        check_op(with_activation(ops, None, activation), make(*shape, dtype), with_activation(reference, None, activation))
-
-
-def test_an_activation_of_a_strided_input(level):
-    inputs = make(40, 30, 20) | {"x": torch.randn(30, 40).t()}
-    check_op(with_activation(ops, "relu", "gelu"), inputs, with_activation(reference, "relu", "gelu"))
-
-
-def test_what_is_kept_of_an_activated_input():
-    inputs = {name: t.requires_grad_() for name, t in make(40, 30, 20).items()}
-    with saved_tensors() as saved:
-        y = with_activation(ops, None, "gelu")(**inputs)
-    assert sum(t.numel() for t in saved) == inputs["x"].numel() + inputs["weight"].numel()
-    assert all(map(torch.equal, *(torch.autograd.grad(y.sum(), inputs.values(), retain_graph=n == 0) for n in range(2))))
 
 
 @contextmanager
@@ -61,23 +39,34 @@ def saved_tensors():
         yield saved
 
 
-def behind_a_norm(x, weight, scale, change=None, keep=False):
-    normed = ops.layer_norm(x, scale)
-    if change is not None:
-        normed.mul_(change)
-    return ops.linear(normed.clone() if keep else normed, weight)
+# What is before a linear layer: a function of x, of 30 columns, and a vector of 30
+BEFORE = {"layer_norm": lambda x, vector: ops.layer_norm(x, vector),
+          "residual": lambda x, vector: ops.linear(x, torch.eye(30, dtype=x.dtype), vector, activation="gelu", residual=x),
+          **{name: lambda x, vector, name=name: ops.linear(x, torch.eye(30, dtype=x.dtype), vector, activation=name)
+             for name in ("gelu", "gelu_tanh", "relu")}}
 
 
 @pytest.mark.parametrize("change", [None, 3.0])
-def test_a_norms_result_is_made_again_unless_it_was_changed(change, dtype, level):
-    x, *_ = leaves = [torch.randn(shape).to(dtype).requires_grad_() for shape in ((40, 30), (20, 30), (30,))]
+@pytest.mark.parametrize("before", BEFORE)
+def test_the_input_is_made_again_unless_it_was_changed(before, change, dtype, level):
+    """It takes no memory, but behind a residual; the gradients are those of one that is kept."""
+    def function(x, vector, weight, keep=False):
+        y = BEFORE[before](x, vector)
+        y = y if change is None else y.mul_(change)
+        return ops.linear(y.clone() if keep else y, weight)
+
+    leaves = [torch.randn(shape).to(dtype).requires_grad_() for shape in ((40, 30), (30,), (20, 30))]
     dy = torch.randn(40, 20, dtype=dtype)
     with saved_tensors() as saved:
-        y = behind_a_norm(*leaves, change)
-    assert any(t.shape == x.shape and t.data_ptr() != x.data_ptr() for t in saved) == bool(change)
-    again = torch.autograd.grad(y, leaves, dy)
-    kept = torch.autograd.grad(behind_a_norm(*leaves, change, keep=True), leaves, dy)
-    assert all(map(torch.equal, again, kept))
+        out = function(*leaves)
+    kept = {t.untyped_storage().data_ptr() for t in saved if t.shape == (40, 30)} - {leaves[0].data_ptr()}
+    assert len(kept) == (before != "layer_norm") + (before == "residual" or change is not None)
+    again = torch.autograd.grad(out, leaves, dy)
+    expected = torch.autograd.grad(function(*leaves, keep=True), leaves, dy)
+    if dtype == torch.float32:
+        assert all(map(torch.equal, again, expected))
+    for actual, wanted in zip(again, expected):  # in bfloat16 the activation's input is rounded before it is made again
+        torch.testing.assert_close(actual, wanted, rtol=0.02, atol=0.02 * wanted.abs().max().item())
 
 
 @pytest.mark.parametrize("missing", [("bias",), ("residual",), ("bias", "residual")], ids="+".join)
@@ -113,7 +102,7 @@ def test_a_gradient_of_stride_zero(level):
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_only_wanted_gradients(wanted, activation):
     inputs = make(9, 20, 35)
-    op = with_activation(ops, activation, activation)
+    op = with_activation(ops, activation)
     alone = {n: t.clone().requires_grad_(n == wanted) for n, t in inputs.items()}
     together = {n: t.clone().requires_grad_() for n, t in inputs.items()}
     op(**alone).square().sum().backward()
@@ -202,23 +191,23 @@ def test_bfloat16_by_torchs_product(monkeypatch):
     linear = importlib.import_module("fastgpt.cpu.linear")  # the attribute of that name is the op
     monkeypatch.setattr(linear, "HAS_BF16", True)
     assert linear.bfloat16_product()[0] == "torch"
-    for activations in itertools.product(ops.ACTIVATIONS, repeat=2):
-        check_op(with_activation(ops, *activations), make(9, 20, 35, torch.bfloat16), with_activation(reference, *activations))
+    for activation in ops.ACTIVATIONS:
+        check_op(with_activation(ops, activation), make(9, 20, 35, torch.bfloat16), with_activation(reference, activation))
 
 
 @pytest.mark.parametrize("activation", ["", "gelu", "relu"])
 def test_defined_ops_keep_their_contract(activation):
     x, weight, bias, residual = make(4, 6, 5).values()
     leaves = [t.requires_grad_() for t in (x, weight, bias, residual)]
-    torch.library.opcheck(torch.ops.fastgpt.linear.default, (*leaves, activation, activation, activation != ""))
+    torch.library.opcheck(torch.ops.fastgpt.linear.default, (*leaves, activation, activation != ""))
     pre = torch.randn(4, 5) if activation else torch.empty(0)
     torch.library.opcheck(torch.ops.fastgpt.linear_backward.default,
-                          (torch.randn(4, 5), x.detach(), weight.detach(), pre, activation, activation, [True, False, True]))
+                          (torch.randn(4, 5), x.detach(), weight.detach(), pre, activation, [True, False, True]))
 
 
 @pytest.mark.parametrize("activation", [None, "gelu"])
 def test_compiled_with_backward(activation):
-    op = partial(with_activation(ops, activation, activation), **make(4, 6, 5))
+    op = partial(with_activation(ops, activation), **make(4, 6, 5))
     results = []
     for function in (op, torch.compile(op, fullgraph=True, backend="aot_eager")):
         weight = make(4, 6, 5)["weight"].fill_(0.3).requires_grad_()
@@ -231,6 +220,5 @@ def test_wrong_arguments_are_named():
     x, weight = torch.randn(3, 4), torch.randn(5, 6)
     with pytest.raises(ValueError, match=r"linear: x must have K = 6 .* in its last dimension, got \(3, 4\)"):
         ops.linear(x, weight)
-    for name in ("activation", "input_activation"):
-        with pytest.raises(ValueError, match=f"linear: {name} must be one of .*, got 'silu'"):
-            ops.linear(x, torch.randn(5, 4), **{name: "silu"})
+    with pytest.raises(ValueError, match="linear: activation must be one of .*, got 'silu'"):
+        ops.linear(x, torch.randn(5, 4), activation="silu")

@@ -55,9 +55,6 @@ const Kernels table = {
     gemm,
     [](int dtype, int activation, const void* dy, const void* pre, void* dz, float* dbias, int64_t rows,
        int64_t cols) { BY_DTYPE(dtype, activation_backward, activation, dy, pre, dz, dbias, rows, cols); },
-    [](int dtype, int activation, const void* x, void* y, const void* dy, void* dx, int64_t size) {
-      BY_DTYPE(dtype, apply_activation, activation, x, y, dy, dx, size);
-    },
     [](int dtype, int tanh, const void* x, const void* bias, void* y, int64_t rows, int64_t cols) {
       BY_GELU(dtype, tanh, gelu_forward, x, bias, y, rows, cols);
     },

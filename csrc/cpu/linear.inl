@@ -1,11 +1,9 @@
-// A linear layer's activations: backward through the one behind the product and, in the same pass, the bias's gradient;
-// the one before the product, which backward makes anew together with its gradient.
+// Backward through what follows the product in a linear layer: the activation's gradient and, in the same pass, the bias's.
 
 namespace fastgpt {
 namespace {
 
 struct Relu {
-  static INLINE Vec value(Vec x) { return activate(x, kRelu); }
   static INLINE Vec grad(Vec x) { return x > 0.0f ? splat(1.0f) : Vec{}; }
 };
 
@@ -40,24 +38,6 @@ void activation_backward(int activation, const void* dy, const void* pre, void* 
   if (activation == kGeluTanh) return gelu_backward<T, Tanh>(dy, pre, nullptr, dz, dbias, rows, cols);
   if (activation == kRelu) return gelu_backward<T, Relu>(dy, pre, nullptr, dz, dbias, rows, cols);
   if (dbias) column_sums((const T*)dy, dbias, rows, cols);
-}
-
-template <class T, class Form>
-void apply_form(const T* x, T* y, const T* dy, T* dx, int64_t size) {
-  for_blocks(1, size, 1, [=](int64_t, int64_t, int64_t begin, int64_t width) {
-    for_elements(1, size, width, [=](int64_t, int64_t j, int lanes) {
-      int64_t at = begin + j;
-      Vec a = load_lanes(x + at, lanes);
-      if (dy) store_lanes(dx + at, load_lanes(dy + at, lanes) * Form::grad(a), lanes);
-      store_lanes(y + at, Form::value(a), lanes);
-    });
-  });
-}
-
-template <class T>
-void apply_activation(int activation, const void* x, void* y, const void* dy, void* dx, int64_t size) {
-  auto apply = activation == kGelu ? apply_form<T, Erf> : activation == kGeluTanh ? apply_form<T, Tanh> : apply_form<T, Relu>;
-  apply((const T*)x, (T*)y, (const T*)dy, (T*)dx, size);
 }
 
 }  // namespace

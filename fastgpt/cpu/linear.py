@@ -1,20 +1,20 @@
 """The linear layer: product, bias, activation and residual in one pass; its gradients are two more products.
 
-An activation of the input is a pass of its own. Its result is not kept: the product's weight gradient alone wants it, and
-backward makes it anew in the pass that multiplies by the activation's derivative.
+The activation's result is not kept by the layer behind, whose weight's gradient alone wants it: backward makes it again.
 """
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from fastgpt.autograd.tensors import dense, recipe_of
+from fastgpt.autograd.tensors import dense, give_recipe, recipe_of
 from fastgpt.cpu.gelu import gelu
 from fastgpt.cpu.gemm import matmul
 from fastgpt.cpu.launch import DTYPES, pointer
 from fastgpt.extension import _C, ACTIVATIONS, HAS_BF16
 from fastgpt.memory import empty, empty_like
-from fastgpt.torch_op import define, needs_gradient
+from fastgpt.torch_op import define, is_traced, needs_gradient
 
 
 def bfloat16_product():
@@ -28,19 +28,9 @@ def _rows(x):
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _activated(x, activation, dy=None):
-    """-> activation(x), and dy activation'(x) in dy's place, if it is given."""
-    x, = dense(x)
-    y = empty_like(x)
-    _C.apply_activation(DTYPES[x.dtype], ACTIVATIONS[activation], pointer(x), pointer(y), pointer(dy), pointer(dy),
-                        x.numel())
-    return y
-
-
-def _forward(x, weight, bias, residual, input_activation, activation, keep_pre):
+def _forward(x, weight, bias, residual, activation, keep_pre):
     """-> y (..., N), and the activation's input, if it is to be kept for backward (else no elements)."""
     bias, residual = dense(bias, residual)
-    x = _activated(x, input_activation) if input_activation else x
     shape = (*x.shape[:-1], weight.shape[0])
     y, pre = empty(shape, x.dtype), empty(shape if keep_pre else (0,), x.dtype)
     matmul(_rows(x), weight.t(), out=_rows(y), bias=bias, activation=activation or None,
@@ -48,12 +38,10 @@ def _forward(x, weight, bias, residual, input_activation, activation, keep_pre):
     return y, pre
 
 
-def _backward(dy, x, weight, pre, input_activation, activation, wanted):
+def _backward(dy, x, weight, pre, activation, wanted):
     """wanted: which of dx, dweight and dbias; one that is not has no elements."""
     dz, dbias = _activation_backward(_rows(dy), pre, activation, wanted[2])
     dx = matmul(dz, weight).view(x.shape) if wanted[0] else dy.new_empty(0)
-    if input_activation and any(wanted[:2]):
-        x = _activated(x, input_activation, dx if wanted[0] else None)
     dweight = matmul(dz.t(), _rows(x)) if wanted[1] else dy.new_empty(0)
     return dx, dweight, dbias
 
@@ -69,59 +57,60 @@ def _activation_backward(dy, pre, activation, wants_dbias):
     return dz, dbias.to(dy.dtype)
 
 
-def _fake_forward(x, weight, bias, residual, input_activation, activation, keep_pre):
+def _fake_forward(x, weight, bias, residual, activation, keep_pre):
     shape = (*x.shape[:-1], weight.shape[0])
     return x.new_empty(shape), x.new_empty(shape if keep_pre else 0)
 
 
-def _fake_backward(dy, x, weight, pre, input_activation, activation, wanted):
+def _fake_backward(dy, x, weight, pre, activation, wanted):
     shapes = (x.shape, weight.shape, weight.shape[:1])
     return tuple(dy.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted))
 
 
 def _setup(ctx, inputs, output):
-    x, weight, _, _, *ctx.activations, _ = inputs
-    _, pre = output
+    x, weight, _, residual, ctx.activation, _ = inputs
+    y, pre = output
     ctx.mark_non_differentiable(pre)
     ctx.set_materialize_grads(False)  # of `pre`, zeros of its size
     recipe = recipe_of(x)
     ctx.make = recipe.make
     ctx.save_for_backward(weight, pre, *recipe.ingredients)
+    if ctx.activation and residual is None and not is_traced(y):
+        give_recipe(y, partial(_activate, activation=ctx.activation), pre)
 
 
 def _grad(ctx, dy, _):
-    wanted = list(ctx.needs_input_grad[:3])
     if dy is None:
-        return (None,) * 7
-    gradients = (None,) * 3
+        return (None,) * 6
+    wanted, gradients = list(ctx.needs_input_grad[:3]), (None,) * 3
     if any(wanted):
         weight, pre, *ingredients = ctx.saved_tensors
-        gradients = _linear_backward(dy, ctx.make(*ingredients), weight, pre, *ctx.activations, wanted)
+        gradients = _linear_backward(dy, ctx.make(*ingredients), weight, pre, ctx.activation, wanted)
     dresidual = dy if ctx.needs_input_grad[3] else None
-    return *(g if want else None for g, want in zip(gradients, wanted)), dresidual, None, None, None
+    return *(g if want else None for g, want in zip(gradients, wanted)), dresidual, None, None
 
 
 _linear_backward = define(
-    "linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor pre, str input_activation, str activation,"
-    " bool[] wanted) -> (Tensor, Tensor, Tensor)", _backward, _fake_backward)
+    "linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor pre, str activation, bool[] wanted)"
+    " -> (Tensor, Tensor, Tensor)", _backward, _fake_backward)
 _linear = define(
-    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str input_activation, str activation,"
-    " bool keep_pre) -> (Tensor, Tensor)", _forward, _fake_forward, setup_context=_setup, backward=_grad)
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation, bool keep_pre)"
+    " -> (Tensor, Tensor)", _forward, _fake_forward, setup_context=_setup, backward=_grad)
 
 
-def linear(x, weight, bias=None, *, activation=None, residual=None, input_activation=None):
+def linear(x, weight, bias=None, *, activation=None, residual=None):
     if x.dtype == torch.bfloat16 and bfloat16_product()[0] == "torch":
-        return _with_torch_product(_activate(x, input_activation), weight, bias, activation, residual)
+        return _with_torch_product(x, weight, bias, activation, residual)
     keep_pre = activation is not None and needs_gradient(x, weight, bias)
-    return _linear(x, weight, bias, residual, input_activation or "", activation or "", keep_pre)[0]
+    return _linear(x, weight, bias, residual, activation or "", keep_pre)[0]
 
 
 def _with_torch_product(x, weight, bias, activation, residual):
-    y = _activate(F.linear(x, weight, bias), activation)
+    y = F.linear(x, weight, bias)
+    if activation is not None:
+        y = _activate(y, activation)
     return y if residual is None else y + residual
 
 
 def _activate(x, activation):
-    if activation is None:
-        return x
     return F.relu(x) if activation == "relu" else gelu(x, "tanh" if activation == "gelu_tanh" else "none")

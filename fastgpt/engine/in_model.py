@@ -90,7 +90,7 @@ def _is_altered(model):
         return True
     norms = [model.transformer.ln_f, *(norm for block in model.transformer.h for norm in (block.ln_1, block.ln_2))]
     return (any(norm.eps != config.layer_norm_epsilon for norm in norms)
-            or any(block.mlp.c_fc.input_activation is not None or block.mlp.c_proj.input_activation != config.activation
+            or any(block.mlp.c_fc.activation != config.activation or block.mlp.c_proj.activation is not None
                    or block.attn.n_head != config.n_head or block.attn.scale != config.attention_scale(layer)
                    for layer, block in enumerate(model.transformer.h)))
 
