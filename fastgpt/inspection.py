@@ -3,7 +3,7 @@ from functools import partial
 
 import torch
 
-from fastgpt import ops
+from fastgpt import ops, pooled
 
 
 @torch.no_grad()
@@ -11,7 +11,7 @@ def attention_weights(model, idx, layers=None, queries=(None, None)):
     """The attention weights of a `GPT` in eval mode for idx (B, T): {layer: (B, heads, rows, T)}, in the model's dtype.
 
     layers: a sequence of ints, queries: (heads, rows), two more; None for all. They are what transformers calls
-    output_attentions, but nothing else of size T x T is ever in memory: for all heads and the last token, a row of T numbers
+    output_attentions, but where a kernel answers nothing else of size T x T is in memory: for all heads and the last token, a row of T numbers
     for each. The attention of these layers runs twice.
     """
     blocks = model.transformer.h
@@ -32,6 +32,6 @@ def attention_weights(model, idx, layers=None, queries=(None, None)):
 
 def _note(found, attn, queries, module, inputs, qkv):
     """A hook of the product that makes q, k and v (B, T, 3 * C)."""
-    q, k, v = (part.unflatten(2, (attn.n_head, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=2))
+    q, k, v = pooled.split_heads(qkv, attn.n_head)
     _, lse = ops.attention(q, k, v, scale=attn.scale, return_lse=True)
     found[attn.layer] = ops.attention_weights(q, k, lse, queries=queries, scale=attn.scale)

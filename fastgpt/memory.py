@@ -64,7 +64,7 @@ def _advise(pages, advice):
 def _over(buffer, shape, dtype, stride=()):
     """A tensor in the memory of a buffer, which it keeps alive. It is no view of another tensor, by `set_`; the source of
     that is a tensor, since a storage that Python has seen counts as shared, and autograd adds nothing to it in place."""
-    return torch.empty(0, dtype=dtype).set_(torch.frombuffer(buffer, dtype=dtype), 0, shape, stride)
+    return torch.empty(0, dtype=dtype, device="cpu").set_(torch.frombuffer(buffer, dtype=dtype), 0, shape, stride)
 
 
 class Pool:
@@ -78,9 +78,13 @@ class Pool:
         self.memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         _advise(self.memory, mmap.MADV_HUGEPAGE)
         self.free = [(0, size)]  # (begin, end), by address; no two touch
-        self.lock = threading.Lock()  # of `free`
+        self._unlock()
+        os.register_at_fork(after_in_child=self._unlock)  # another thread may have held it
         self.taken = {}  # begin -> a weak reference to the view that holds the place
         self.returned = collections.deque()  # places given back, at any moment of any thread, since the last look
+
+    def _unlock(self):
+        self.lock = threading.Lock()  # of `free`
 
     def empty(self, shape, dtype, stride=()):
         """An uninitialised tensor; None where there is no room."""

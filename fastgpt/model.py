@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from fastgpt import ops
+from fastgpt import ops, pooled
 from fastgpt.config import GPTConfig, check_int
 
 A100_BF16_FLOPS = 312e12  # per second: the peak that nanoGPT's figures are a share of
@@ -50,7 +50,7 @@ class Embedding(nn.Embedding):
     """ids (...) -> rows of the weight (..., C): torch's module, our gradient."""
 
     def forward(self, ids):
-        return ops.embedding(ids, self.weight)
+        return pooled.embedding(ids, self.weight)
 
 
 class CausalSelfAttention(nn.Module):
@@ -64,7 +64,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, key_mask=None, cache=None):
         B, T, C = x.shape
-        q, k, v = ops.split_heads(self.c_attn(x), self.n_head)
+        q, k, v = pooled.split_heads(self.c_attn(x), self.n_head)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, S, D): all keys so far, of which the last T are new
         dropout_p = self.dropout if self.training else 0.0

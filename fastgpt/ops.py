@@ -9,9 +9,6 @@ import os
 import torch
 
 from fastgpt import cpu, cuda, kernels, reference
-from fastgpt.autograd.cast import autocast
-from fastgpt.autograd.embedding import embedding  # noqa: F401 - on every device torch's, with a gradient of our own
-from fastgpt.autograd.heads import split_heads  # noqa: F401 - the same
 from fastgpt.checks import (
     check,
     check_attended,
@@ -32,6 +29,7 @@ from fastgpt.checks import (
     chosen_numbers,
     dropout_seed,
 )
+from fastgpt.pooled import autocast
 
 OPS = ("layer_norm", "add_layer_norm", "gelu", "bias_gelu", "linear", "attention", "packed_attention", "cross_entropy")
 CACHE_OPS = ("store_kv", "paged_attention")

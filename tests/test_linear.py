@@ -1,10 +1,11 @@
+import contextlib
 import importlib
-from contextlib import contextmanager
 from functools import partial
 
 import pytest
 import torch
 from numerics import assert_accurate, check_op
+from torch.utils.checkpoint import checkpoint
 
 from fastgpt import extension, ops, reference
 from fastgpt.cpu.gemm import matmul
@@ -31,14 +32,6 @@ def test_values_and_gradients(shape, activation, dtype, level):
         check_op(with_activation(ops, activation), make(*shape, dtype), with_activation(reference, activation))
 
 
-@contextmanager
-def saved_tensors():
-    """A list of what is kept for backward within the context."""
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        yield saved
-
-
 # What is before a linear layer: a function of x, of 30 columns, and a vector of 30
 BEFORE = {"layer_norm": lambda x, vector: ops.layer_norm(x, vector),
           "residual": lambda x, vector: ops.linear(x, torch.eye(30, dtype=x.dtype), vector, activation="gelu", residual=x),
@@ -46,27 +39,55 @@ BEFORE = {"layer_norm": lambda x, vector: ops.layer_norm(x, vector),
              for name in ("gelu", "gelu_tanh", "relu")}}
 
 
-@pytest.mark.parametrize("change", [None, 3.0])
+def behind(before, x, vector, weight, change=None, keep=False):
+    """-> (what is before, the linear layer behind it)"""
+    y = BEFORE[before](x, vector)
+    y = y if change is None else change(y)
+    return y, ops.linear(y.clone() if keep else y, weight)
+
+
+def leaves_of(dtype=torch.float32):
+    return [torch.randn(shape).to(dtype).requires_grad_() for shape in ((40, 30), (30,), (20, 30))]
+
+
+@pytest.mark.parametrize("change", [None, lambda y: y.mul_(3.0)], ids=["", "changed"])
 @pytest.mark.parametrize("before", BEFORE)
 def test_the_input_is_made_again_unless_it_was_changed(before, change, dtype, level):
     """It takes no memory, but behind a residual; the gradients are those of one that is kept."""
-    def function(x, vector, weight, keep=False):
-        y = BEFORE[before](x, vector)
-        y = y if change is None else y.mul_(change)
-        return ops.linear(y.clone() if keep else y, weight)
-
-    leaves = [torch.randn(shape).to(dtype).requires_grad_() for shape in ((40, 30), (30,), (20, 30))]
-    dy = torch.randn(40, 20, dtype=dtype)
-    with saved_tensors() as saved:
-        out = function(*leaves)
-    kept = {t.untyped_storage().data_ptr() for t in saved if t.shape == (40, 30)} - {leaves[0].data_ptr()}
-    assert len(kept) == (before != "layer_norm") + (before == "residual" or change is not None)
+    leaves, dy = leaves_of(dtype), torch.randn(40, 20, dtype=dtype)
+    y, out = behind(before, *leaves, change)
+    kept = any(t is not None and t.data_ptr() == y.data_ptr() for t in out.grad_fn.saved_tensors)
+    assert kept == (before == "residual" or change is not None)
     again = torch.autograd.grad(out, leaves, dy)
-    expected = torch.autograd.grad(function(*leaves, keep=True), leaves, dy)
+    expected = torch.autograd.grad(behind(before, *leaves, change, keep=True)[1], leaves, dy)
     if dtype == torch.float32:
         assert all(map(torch.equal, again, expected))
     for actual, wanted in zip(again, expected):  # in bfloat16 the activation's input is rounded before it is made again
         torch.testing.assert_close(actual, wanted, rtol=0.02, atol=0.02 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("ingredient", [0, 1])
+def test_the_input_is_kept_when_what_it_was_made_of_has_changed(ingredient):
+    x, vector, weight = leaves_of()
+    y, dy = ops.layer_norm(x, vector), torch.randn(40, 20)
+    with torch.no_grad():
+        (x, vector)[ingredient].mul_(torch.randn(30))
+    torch.testing.assert_close(torch.autograd.grad(ops.linear(y, weight), weight, dy)[0], dy.t() @ y.detach())
+
+
+@pytest.mark.parametrize("hooks", [contextlib.nullcontext, torch.autograd.graph.save_on_cpu], ids=["", "save_on_cpu"])
+@pytest.mark.parametrize("before", ["layer_norm", "gelu"])
+def test_checkpointing_between(before, hooks):
+    """Where forward runs once more, with another tensor in the input's place."""
+    leaves, dy = leaves_of(), torch.randn(40, 20)
+
+    def inner(y):
+        return checkpoint(lambda t: ops.linear(t, leaves[2]), y, use_reentrant=False)
+
+    with hooks():
+        out = checkpoint(lambda x, vector: inner(BEFORE[before](x, vector)), *leaves[:2], use_reentrant=False)
+    expected = torch.autograd.grad(behind(before, *leaves)[1], leaves, dy)
+    assert all(map(torch.equal, torch.autograd.grad(out, leaves, dy), expected))
 
 
 @pytest.mark.parametrize("missing", [("bias",), ("residual",), ("bias", "residual")], ids="+".join)

@@ -7,10 +7,7 @@ import torch
 import torch.nn.functional as F
 from processes import run_python
 
-from fastgpt import GPT, GPTConfig, memory, ops
-from fastgpt.autograd.cast import cast
-from fastgpt.autograd.embedding import embedding
-from fastgpt.autograd.heads import split_heads
+from fastgpt import GPT, GPTConfig, memory, ops, pooled
 
 LARGE = memory.LARGE // 4  # float32
 
@@ -130,15 +127,15 @@ def test_the_gradient_of_embeddings(tied, pool):
         return [torch.autograd.grad(loss, leaves, retain_graph=n + 1 < times) for n in range(times)]
 
     expected, = gradients(F.embedding)
-    alone, = gradients(embedding)
-    for actual in (alone, *gradients(embedding, times=2)):
+    alone, = gradients(pooled.embedding)
+    for actual in (alone, *gradients(pooled.embedding, times=2)):
         torch.testing.assert_close(actual, expected)
     assert inside(pool, alone[-1])  # the head's, in its place
 
 
 def test_the_gradients_of_heads(pool):
     qkv = torch.randn(2, 300, 3 * 4 * 80, requires_grad=True)
-    q, k, v = split_heads(qkv, 4)
+    q, k, v = pooled.split_heads(qkv, 4)
     expected = (part.view(2, 300, 4, 80).transpose(1, 2) for part in qkv.split(320, dim=2))
     assert all(map(torch.equal, (q, k, v), expected))
     weights = torch.randn(3, 2, 4, 300, 80)
@@ -148,11 +145,11 @@ def test_the_gradients_of_heads(pool):
 
 def test_casts_lie_in_it(pool):
     x = torch.randn(1500, 1000, requires_grad=True)
-    y, dy = cast(x, torch.bfloat16), torch.randn(1500, 1000).bfloat16()
+    y, dy = pooled.cast(x, torch.bfloat16), torch.randn(1500, 1000).bfloat16()
     dx, = torch.autograd.grad(y, x, dy)
     assert inside(pool, y) and inside(pool, dx)
     assert torch.equal(y, x.bfloat16()) and torch.equal(dx, dy.float())
-    assert cast(x, torch.float32) is x
+    assert pooled.cast(x, torch.float32) is x
 
 
 def model_and_tokens():

@@ -231,7 +231,7 @@ struct ByteState {
       for (int j = 0; j < 2; j++) {
         const float exponential = dev::ex2(x[tile][j] - base);
         added += exponential;
-        x[tile][j] = exponential * (scale[tile][j] * units);
+        x[tile][j] = exponential * scale[tile][j] * units;
       }
       add_values(keys, stage, tile, x[tile]);
     }

@@ -7,12 +7,13 @@ from fastgpt.autograd.tensors import give_recipe
 from fastgpt.torch_op import define, is_traced, seed_tensor
 
 
-def define_layer_norm(prefix, launch, launch_backward):
+def define_layer_norm(prefix, launch, launch_backward, remade=False):
     """-> (layer_norm, add_layer_norm), with ops of torch.library named after `prefix`.
 
     launch(x, residual, weight, bias, seed, eps, dropout_p) -> y, total (None without a residual), statistics.
     launch_backward(dy, dtotal, total, weight, statistics, seed, dropout_p) -> dresidual, dx (no elements without
     dropout, where it is dresidual), gradients (2, C) of weight and bias.
+    remade: the product behind, which wants y for its weight's gradient alone, may make it again from what is kept here.
     """
     backward = define(
         f"{prefix}layer_norm_backward(Tensor dy, Tensor? dtotal, Tensor total, Tensor weight, Tensor statistics,"
@@ -38,7 +39,7 @@ def define_layer_norm(prefix, launch, launch_backward):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(total, weight, statistics, seed)
         ctx.has_bias = bias is not None
-        if not is_traced(y):  # the product behind the norm wants y for its weight's gradient alone
+        if remade and not is_traced(y):
             give_recipe(y, partial(_norm_again, launch, eps), total, weight, bias)
 
     def grad(ctx, dy, _):

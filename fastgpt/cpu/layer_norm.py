@@ -43,4 +43,4 @@ def _backward(dy, dtotal, total, weight, statistics, seed, dropout_p):
     return dresidual, dx, gradients.to(weight.dtype)
 
 
-layer_norm, add_layer_norm = define_layer_norm("", _normalise, _backward)
+layer_norm, add_layer_norm = define_layer_norm("", _normalise, _backward, remade=True)

@@ -85,7 +85,8 @@ def _grad(ctx, dy, _):
     wanted, gradients = list(ctx.needs_input_grad[:3]), (None,) * 3
     if any(wanted):
         weight, pre, *ingredients = ctx.saved_tensors
-        gradients = _linear_backward(dy, ctx.make(*ingredients), weight, pre, ctx.activation, wanted)
+        x = ctx.make(*ingredients) if wanted[1] else ingredients[0]  # of which the shape is wanted, which is the same
+        gradients = _linear_backward(dy, x, weight, pre, ctx.activation, wanted)
     dresidual = dy if ctx.needs_input_grad[3] else None
     return *(g if want else None for g, want in zip(gradients, wanted)), dresidual, None, None
 

@@ -115,8 +115,9 @@ class GpuBackend:
         else:
             draws = llm.runner.draws(ready, scheduler.drawn(ready), scheduler.drawn_at(ready), under_way and under_way.tokens)
         rows = np.array([i for i, s in enumerate(ready) if s.logprobs is not None], np.int64)
-        chosen = slice(None) if len(rows) == len(ready) else self.device.upload(rows)
-        logs = llm.runner.log_probabilities(logits[chosen]) if len(rows) else None  # what is drawn from is overwritten
+        if len(rows):
+            chosen = slice(None) if len(rows) == len(ready) else self.device.upload(rows)
+            logs = llm.runner.log_probabilities(logits[chosen])  # what is drawn from is overwritten
         found = tokens = llm.runner.draw(logits, draws, llm.known_ids())
         count = 0
         if len(rows):

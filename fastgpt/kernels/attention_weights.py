@@ -47,6 +47,7 @@ def attention_weights_kernel(
     own = tl.load(ROWS + places, mask=places < rows, other=T).to(tl.int32)
     keys = first_key + tl.arange(0, BLOCK_N)
     seen = visible(own[:, None], keys[None, :], S, S - T, window, CAUSAL, WINDOW)
+    seen = seen & (places < rows)[:, None]
     if HAS_KEY_MASK:
         seen = seen & (tl.load(KEY_MASK + b * S + keys, mask=keys < S, other=0) != 0)[None, :]
     OUT += (head * rows + places)[:, None] * S + keys[None, :]

@@ -29,7 +29,7 @@ def _load(machine, instruction):
         elif is_shared or addresses[0] >= SHARED_WINDOW:
             data = _read_shared(machine, addresses, size, machine.warps[active])
         else:
-            data = machine.global_memory.read(addresses, size)
+            data = machine.global_memory.read(addresses, size, machine.places[active])
         values = np.zeros((machine.threads, len(writers)), kind.dtype)
         values[active] = data.view(kind.dtype)
         for column, write in enumerate(writers):
@@ -58,7 +58,7 @@ def _store(machine, instruction):
             warps = machine.warps[active]
             machine.shared.write(machine.shared.index(addresses, data.shape[1], warps, "store"), data, warps)
         else:
-            machine.global_memory.write(addresses, data)
+            machine.global_memory.write(addresses, data, machine.places[active])
     return execute
 
 
@@ -114,8 +114,8 @@ class _Atomic:
             old = self.machine.shared.bytes[index].view(self.kind.raw)[0]
             self.machine.shared.bytes[index] = self._updated(old, value, replacement).view(np.uint8).reshape(1, -1)
         else:
-            old = memory.read(address, size, "atomic").view(self.kind.raw)[0]
-            memory.write(address, self._updated(old, value, replacement).view(np.uint8).reshape(1, -1), "atomic")
+            old = memory.read(address, size, what="atomic").view(self.kind.raw)[0]
+            memory.write(address, self._updated(old, value, replacement).view(np.uint8).reshape(1, -1), what="atomic")
         return old[0]
 
     def _updated(self, old, value, replacement):
@@ -166,7 +166,7 @@ def _issue_copy(machine, instruction):
         index = machine.shared.index(target()[active], size, warps, "cp.async")
         data = np.zeros((index.shape[0], size), np.uint8)
         wanted = fetched == size
-        data[wanted] = machine.global_memory.read(source()[active][wanted], size, "cp.async")
+        data[wanted] = machine.global_memory.read(source()[active][wanted], size, machine.places[active][wanted], "cp.async")
         machine.copies.issue(index, data, warps)
     return execute
 

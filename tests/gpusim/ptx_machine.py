@@ -4,9 +4,9 @@
 
 The threads run in numpy lock step, the lowest program counter first, those of many blocks together.
 PtxError: an address outside every tensor argument or misaligned, shared memory that two warps touch without a barrier
-between, lanes missing from a shuffle or a matrix product, a barrier that not all threads reach together, an unwaited
+between, a load of what another block has stored, lanes missing from a shuffle or a matrix product, a barrier that not all threads reach together, an unwaited
 wgmma, any opcode that is not modelled (TMA, mbarrier, tcgen05, calls). cp.async data lands at its wait. Approximate
-functions are exact here, and neither the order of memory operations nor races between blocks are modelled.
+functions are exact here, and the order of memory operations is not modelled.
 """
 import itertools
 import math
@@ -53,7 +53,7 @@ class Kernel:
 def blocks_together(program, blocks, threads):
     """How many blocks of a launch run together: as many as there are, or as have few enough registers, in equal parts."""
     of_a_block = threads * sum(kind.bits // 8 for kind in program.registers.values())
-    return math.ceil(blocks / max(1, math.ceil(blocks * of_a_block / REGISTER_BYTES)))
+    return math.ceil(max(1, blocks) / max(1, math.ceil(blocks * of_a_block / REGISTER_BYTES)))
 
 
 class Launch(NamedTuple):
@@ -81,6 +81,7 @@ class _Machine:
         self.blocks = blocks_together(program, math.prod(launch.grid), threads)
         self.threads = self.blocks * threads
         self.warps = np.arange(self.threads) // WARP
+        self.places = np.zeros(self.threads, np.int32)  # the number of each thread's block in the grid
         self.tables = {name: torch.tensor(list(table), dtype=torch.uint8) for name, table in program.tables.items()}
         self.global_memory = GlobalMemory([*launch.memory, *self.tables.values()])
         size = max(program.dynamic_offset + launch.shared, program.static_shared)
@@ -97,6 +98,7 @@ class _Machine:
         places = [place[::-1] for place in itertools.product(*map(range, reversed(self.grid)))]
         with np.errstate(all="ignore"):
             for first in range(0, len(places), self.blocks):
+                self.places[:] = first + np.arange(self.threads) // (self.threads // self.blocks)
                 self._run_blocks(places[first:first + self.blocks])
 
     def _run_blocks(self, places):

@@ -12,24 +12,37 @@ NOBODY, SEVERAL = -1, -2
 
 
 class GlobalMemory:
-    """The bytes of the tensor arguments, in place."""
+    """The bytes of the tensor arguments, in place.
+
+    writers: of each byte the number of the block that has stored it in this launch. Blocks run in any order, so what one has
+    stored no other may load; atomics (without `blocks`) are not held to that.
+    """
 
     def __init__(self, tensors):
         self.extents = Extents(tensors)
         sizes = zip(self.extents.first.tolist(), self.extents.end.tolist())
         self.ranges = [np.frombuffer((ctypes.c_uint8 * (end - first)).from_address(first), np.uint8)
                        for first, end in sizes]
+        self.writers = [None] * len(self.ranges)
 
-    def read(self, addresses, size, what="load"):
-        """uint8 array (addresses, size)."""
+    def read(self, addresses, size, blocks=None, what="load"):
+        """uint8 array (addresses, size). blocks: the number of each address's."""
         data = np.empty((addresses.size, size), np.uint8)
         for lanes, number, index in self._places(addresses, size, what):
             data[lanes] = self.ranges[number][index]
+            if blocks is not None and self.writers[number] is not None:
+                writers = self.writers[number][index]
+                if ((writers != NOBODY) & (writers != blocks[lanes][:, None])).any():
+                    raise PtxError(f"race between blocks: {what} of what another one has stored")
         return data
 
-    def write(self, addresses, data, what="store"):
+    def write(self, addresses, data, blocks=None, what="store"):
         for lanes, number, index in self._places(addresses, data.shape[1], what):
             self.ranges[number][index] = data[lanes]
+            if blocks is not None:
+                if self.writers[number] is None:
+                    self.writers[number] = np.full(self.ranges[number].size, NOBODY, np.int32)
+                self.writers[number][index] = blocks[lanes][:, None]
 
     def _places(self, addresses, size, what):
         """(which addresses, range, indices of their bytes in it) for each range that they fall into."""

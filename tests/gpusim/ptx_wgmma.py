@@ -6,6 +6,7 @@ it reads. wgmma.fence and fence.proxy.async are not checked. Sums in half precis
 those before it waits, and leaves it to the assembler to mend that.
 """
 import itertools
+import math
 import re
 from typing import NamedTuple
 
@@ -120,6 +121,8 @@ class _Multiply:
     def __init__(self, machine, instruction):
         shape = re.fullmatch(r"m64n(\d+)k(\d+)", instruction.modifiers[3])
         result, self.name, second = instruction.modifiers[-3:]
+        if math.prod(machine.registers.shape) % WARPGROUP:
+            raise PtxError("wgmma in a block that is no whole number of warpgroups")
         if not shape or result != "f32" or second != self.name or ELEMENT_BYTES.get(self.name) != 32 // int(shape[2]):
             raise PtxError(f"wgmma form not modelled: {instruction.text}")
         self.machine, self.columns, self.depth = machine, int(shape[1]), int(shape[2])

@@ -126,6 +126,17 @@ def test_bytes_of_any_scale(shim, cache, scales):
     case.store().check()
 
 
+@pytest.mark.parametrize("cache", LARGEST, ids=str)
+def test_large_values_behind_a_key_that_takes_all_the_weight(shim, cache):
+    """The last key leads by 82 nats, with a value of 0: what the others add is small, and their scales times their units are not."""
+    case = Case(cache=cache, dtype=torch.float32, D=64, H=8, G=1, lens=[(1, 50)])
+    case.q.fill_(1.0)
+    for number, (keys, values) in enumerate((case.past, case.new)):
+        keys.fill_(82 / 8 * number)
+        values.fill_(1e7 * (1 - number))
+    case.store().check()
+
+
 def test_a_later_token_that_is_not_finite_does_not_reach_the_earlier(shim):
     for cache in LARGEST:
         case = Case(cache=cache, lens=[(3, 50)])

@@ -298,6 +298,18 @@ def test_the_fault_of_one_block(monkeypatch, together, fault, message):
         run_word(body, torch.zeros(128, 1), blocks=2, shared=128)
 
 
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_block_does_not_see_what_another_stores(monkeypatch, together):
+    """It loads its own store, or the one behind it."""
+    monkeypatch.setattr(ptx_machine, "blocks_together", lambda *launch: together)
+    body = "st.global.u32 [%d15], %tid; ld.global.u32 %r31, [%d15AWAY]; st.global.u32 [%d15], %r31;"
+    inputs = torch.zeros(64, 1)
+    assert torch.equal(run_word(body.replace("AWAY", ""), inputs, blocks=2), torch.arange(32, dtype=torch.int32).repeat(2))
+    body = "setp.eq.u32 %p0, %ctaid.x, 1;" + body.replace("ld.", "@%p0 ld.").replace("AWAY", "+-256")
+    with pytest.raises(PtxError, match="race between blocks: load of what another one has stored"):
+        run_word(body, inputs, blocks=2)
+
+
 TILE = "mov.u64 %d3, dynamic; mad.wide.u32 %d4, %tid, 4, %d3; st.shared.u32 [%d4], 0; bar.sync 0;"
 WGMMA = """shr.u64 %d5, %d3, 4; or.b64 %d5, %d5, 0x800080000;
     mov.u32 %r16, 0; mov.u32 %r17, 0; mov.u32 %r18, 0; mov.u32 %r19, 0; setp.eq.u32 %p0, 0, 0;
@@ -360,6 +372,10 @@ def test_launches_that_cannot_be():
         Kernel(ptx, "row_sums").launch((1,), THREADS, [0] * 9)
     with pytest.raises(PtxError, match="whole number of warps"):
         Kernel(ptx).launch((1,), 33, [])
+    Kernel(ptx).launch((0,), THREADS, [])
+    product = compiled_product(90)
+    with pytest.raises(PtxError, match="no whole number of warpgroups"):
+        Kernel(product.asm["ptx"]).launch((1,), 64, [0] * 5, shared=product.metadata.shared)
 
 
 def test_unknown_opcode_is_named():
