@@ -11,8 +11,8 @@ def attention_weights(model, idx, layers=None, queries=(None, None)):
     """The attention weights of a `GPT` in eval mode for idx (B, T): {layer: (B, heads, rows, T)}, in the model's dtype.
 
     layers: a sequence of ints, queries: (heads, rows), two more; None for all. They are what transformers calls
-    output_attentions, but where a kernel answers nothing else of size T x T is in memory: for all heads and the last token, a row of T numbers
-    for each. The attention of these layers runs twice.
+    output_attentions, but where a kernel answers nothing else of size T x T is in memory: for all heads and the last token, a
+    row of T numbers for each. The attention of these layers runs twice.
     """
     blocks = model.transformer.h
     layers = range(len(blocks)) if layers is None else list(layers)

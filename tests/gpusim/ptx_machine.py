@@ -4,9 +4,9 @@
 
 The threads run in numpy lock step, the lowest program counter first, those of many blocks together.
 PtxError: an address outside every tensor argument or misaligned, shared memory that two warps touch without a barrier
-between, a load of what another block has stored, lanes missing from a shuffle or a matrix product, a barrier that not all threads reach together, an unwaited
-wgmma, any opcode that is not modelled (TMA, mbarrier, tcgen05, calls). cp.async data lands at its wait. Approximate
-functions are exact here, and the order of memory operations is not modelled.
+between, a load of what another block has stored, lanes missing from a shuffle or a matrix product, a barrier that not all
+threads reach together, an unwaited wgmma, any opcode that is not modelled (TMA, mbarrier, tcgen05, calls). cp.async data
+lands at its wait. Approximate functions are exact here, and the order of memory operations is not modelled.
 """
 import itertools
 import math
