@@ -40,8 +40,8 @@ def empty(shape, dtype, device=None, stride=()):
 
 
 def empty_like(x):
-    """A contiguous tensor of x's shape."""
-    return empty(x.shape, x.dtype, x.device)
+    """A contiguous tensor of x's shape, x being contiguous."""
+    return torch.empty_like(x) if _pool is None or x.nbytes < LARGE else empty(x.shape, x.dtype, x.device)
 
 
 def from_pool(shape, dtype, device=None):

@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import importlib
 from functools import partial
 
@@ -8,6 +9,7 @@ from numerics import assert_accurate, check_op
 from torch.utils.checkpoint import checkpoint
 
 from fastgpt import extension, ops, reference
+from fastgpt.autograd import tensors
 from fastgpt.cpu.gemm import matmul
 
 # rows, K, N: odd, empty, one, and more than one block of K (384 or 256)
@@ -39,6 +41,11 @@ BEFORE = {"layer_norm": lambda x, vector: ops.layer_norm(x, vector),
              for name in ("gelu", "gelu_tanh", "relu")}}
 
 
+@pytest.fixture
+def recipes_for_all(monkeypatch):
+    monkeypatch.setattr(tensors, "LARGE", 0)
+
+
 def behind(before, x, vector, weight, change=None, keep=False):
     """-> (what is before, the linear layer behind it)"""
     y = BEFORE[before](x, vector)
@@ -50,6 +57,7 @@ def leaves_of(dtype=torch.float32):
     return [torch.randn(shape).to(dtype).requires_grad_() for shape in ((40, 30), (30,), (20, 30))]
 
 
+@pytest.mark.usefixtures("recipes_for_all")
 @pytest.mark.parametrize("change", [None, lambda y: y.mul_(3.0)], ids=["", "changed"])
 @pytest.mark.parametrize("before", BEFORE)
 def test_the_input_is_made_again_unless_it_was_changed(before, change, dtype, level):
@@ -66,6 +74,7 @@ def test_the_input_is_made_again_unless_it_was_changed(before, change, dtype, le
         torch.testing.assert_close(actual, wanted, rtol=0.02, atol=0.02 * wanted.abs().max().item())
 
 
+@pytest.mark.usefixtures("recipes_for_all")
 @pytest.mark.parametrize("ingredient", [0, 1])
 def test_the_input_is_kept_when_what_it_was_made_of_has_changed(ingredient):
     x, vector, weight = leaves_of()
@@ -75,6 +84,17 @@ def test_the_input_is_kept_when_what_it_was_made_of_has_changed(ingredient):
     torch.testing.assert_close(torch.autograd.grad(ops.linear(y, weight), weight, dy)[0], dy.t() @ y.detach())
 
 
+@pytest.mark.usefixtures("recipes_for_all")
+def test_a_tensor_with_a_recipe_can_be_saved_and_loaded(tmp_path):
+    x, vector, weight = leaves_of()
+    y = ops.layer_norm(x, vector)
+    torch.save(y, tmp_path / "y")
+    loaded = torch.load(tmp_path / "y", weights_only=True).detach().requires_grad_()
+    for copied in (loaded, copy.copy(y)):
+        assert torch.equal(copied, y) and torch.equal(ops.linear(copied, weight), ops.linear(y, weight))
+
+
+@pytest.mark.usefixtures("recipes_for_all")
 @pytest.mark.parametrize("hooks", [contextlib.nullcontext, torch.autograd.graph.save_on_cpu], ids=["", "save_on_cpu"])
 @pytest.mark.parametrize("before", ["layer_norm", "gelu"])
 def test_checkpointing_between(before, hooks):

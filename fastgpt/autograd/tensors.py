@@ -1,9 +1,11 @@
 """What the launchers of every device do with tensors."""
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch._C._autograd import _top_saved_tensors_default_hooks
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from fastgpt.memory import LARGE
 
 MAX_HEAD_SIZE = 256  # of the attention kernels
 
@@ -27,25 +29,33 @@ class Recipe:
     """
     make: Callable
     ingredients: tuple
-    versions: tuple = ()
+    versions: tuple
 
-
-_recipes = WeakTensorKeyDictionary()
+    def __reduce__(self):
+        """A tensor that is saved or copied goes without it, in a file that weights_only reads."""
+        return OrderedDict, ()
 
 
 def give_recipe(tensor, make, *ingredients):
-    """The ingredients are taken without their history: it may lead to the tensor, which would then never die."""
-    ingredients = tuple(t if t is None else t.detach() for t in ingredients)
-    _recipes[tensor] = Recipe(make, ingredients, _versions(tensor, *ingredients))
+    """To a large tensor: to a small one it is not worth its microseconds. The ingredients are taken without their history,
+    which may lead to the tensor: it would never die."""
+    if tensor.nbytes >= LARGE:
+        ingredients = tuple(t if t is None else t.detach() for t in ingredients)
+        tensor.fastgpt_recipe = Recipe(make, ingredients, _versions(tensor, *ingredients))
 
 
 def recipe_of(tensor):
-    """The tensor's own, or else to keep it: also for those who look at what is kept (checkpointing, offloading), as they may
-    run forward once more, with another tensor in this one's place, and want the same kept."""
-    recipe = None if _top_saved_tensors_default_hooks(True) else _recipes.get(tensor)
-    if recipe is None or recipe.versions != _versions(tensor, *recipe.ingredients):
-        return Recipe(lambda x: x, (tensor,))
-    return recipe
+    """(make, ingredients): the tensor's own, or else to keep it. To keep it also for those who look at what is kept
+    (checkpointing, offloading): they may run forward once more, with another tensor in this one's place, and want the same."""
+    recipe = getattr(tensor, "fastgpt_recipe", None)
+    if type(recipe) is not Recipe or _top_saved_tensors_default_hooks(True) or (
+            recipe.versions != _versions(tensor, *recipe.ingredients)):
+        return _itself, (tensor,)
+    return recipe.make, recipe.ingredients
+
+
+def _itself(tensor):
+    return tensor
 
 
 def _versions(*tensors):

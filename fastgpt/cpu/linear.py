@@ -72,9 +72,8 @@ def _setup(ctx, inputs, output):
     y, pre = output
     ctx.mark_non_differentiable(pre)
     ctx.set_materialize_grads(False)  # of `pre`, zeros of its size
-    recipe = recipe_of(x)
-    ctx.make = recipe.make
-    ctx.save_for_backward(weight, pre, *recipe.ingredients)
+    ctx.make, ingredients = recipe_of(x)
+    ctx.save_for_backward(weight, pre, *ingredients)
     if ctx.activation and residual is None and not is_traced(y):
         give_recipe(y, partial(_activate, activation=ctx.activation), pre)
 
