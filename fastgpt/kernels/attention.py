@@ -189,7 +189,7 @@ SPECS = [
     Spec("attention D=128", "attention", partial(_inputs, heads=(2, 1), lengths=(33, 97), D=128)),
     Spec("attention D=256", "attention", partial(_inputs, heads=(2, 1), lengths=(33, 97), D=256)),
     Spec("attention D=256, float32", "attention", partial(_inputs, heads=(2, 1), lengths=(33, 70), D=256), dtype=torch.float32),
-    Spec("attention D=256, float32, dropout, window", "attention", partial(_inputs, lengths=(33, 70), D=256),
+    Spec("attention D=256, float32, dropout, window", "attention", partial(_inputs, heads=(2, 1), lengths=(33, 70), D=256),
          {"dropout_p": 0.2, "seed": 7, "window": 40, "scale": -0.3}, dtype=torch.float32),
     Spec("attention, GQA", "attention", _inputs),
     Spec("attention, all keys", "attention", partial(_inputs, lengths=(33, 70)), {"causal": False, "scale": -0.3}),

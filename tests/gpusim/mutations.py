@@ -172,7 +172,7 @@ MUTATIONS = [
          "groups"),
     cuda("the last chunk is left out", "paged_attention.cu", "last - first + 1)", "max(1, last - first))",
          "equals and 64 and bfloat16"),
-    cuda("the scales of the values", "paged_attention_bytes.cu", "exponential * (scale[tile][j] * units)", "exponential * units",
+    cuda("the scales of the values", "paged_attention_bytes.cu", "exponential * scale[tile][j] * units", "exponential * units",
          "equals and int8"),
     cuda("weights without their low parts", "paged_attention_bytes.cu", "dev::mma_m16n8k16<__half>(sum[i], low, v);", "",
          "any_scale"),
