@@ -63,11 +63,12 @@ def leaves_of(dtype=torch.float32):
 @pytest.mark.parametrize("before", BEFORE)
 def test_the_input_is_made_again_unless_it_was_changed(before, change, dtype, level):
     """It takes no memory, but behind a residual; the gradients are those of one that is kept."""
+    if dtype == torch.bfloat16 and LINEAR.bfloat16_product()[0] == "torch":
+        pytest.skip("PyTorch's product keeps its input")
     leaves, dy = leaves_of(dtype), torch.randn(40, 20, dtype=dtype)
     y, out = behind(before, *leaves, change)
-    if dtype == torch.float32 or LINEAR.bfloat16_product()[0] == "cpp":
-        kept = any(t is not None and t.data_ptr() == y.data_ptr() for t in out.grad_fn.saved_tensors)
-        assert kept == (before == "residual" or change is not None)
+    kept = any(t is not None and t.data_ptr() == y.data_ptr() for t in out.grad_fn.saved_tensors)
+    assert kept == (before == "residual" or change is not None)
     again = torch.autograd.grad(out, leaves, dy)
     expected = torch.autograd.grad(behind(before, *leaves, change, keep=True)[1], leaves, dy)
     if dtype == torch.float32:
