@@ -85,15 +85,15 @@ def check_matrix(op, x, weight):
     check_same_device(op, "weight", weight, x)
 
 
-def chosen_numbers(name, numbers, count, device):
-    """Some of the numbers below count, or for None all, as an int64 tensor."""
+def chosen(op, name, numbers, count):
+    """Numbers below count as a list: of one, a sequence, a tensor or a numpy array of them, or for None all."""
     if numbers is None:
-        return torch.arange(count, device=device)
-    numbers = numbers.tolist() if isinstance(numbers, torch.Tensor) else numbers
+        return list(range(count))
+    numbers = numbers.tolist() if hasattr(numbers, "tolist") else numbers
     numbers = [numbers] if isinstance(numbers, int) else list(numbers)
     wrong = [n for n in numbers if type(n) is not int or not 0 <= n < count]
-    check(not wrong, lambda: f"attention_weights: {name} must be ints in [0, {count}), got {wrong[0]!r}")
-    return torch.tensor(numbers, dtype=torch.int64, device=device)
+    check(not wrong, lambda: f"{op}: {name} must be ints in [0, {count}), got {wrong[0]!r}")
+    return numbers
 
 
 def check_attended(op, q, k, v, key_mask):

@@ -4,6 +4,7 @@ from functools import partial
 import torch
 
 from fastgpt import ops, pooled
+from fastgpt.checks import chosen
 
 
 @torch.no_grad()
@@ -15,11 +16,7 @@ def attention_weights(model, idx, layers=None, queries=(None, None)):
     row of T numbers for each. The attention of these layers runs twice.
     """
     blocks = model.transformer.h
-    layers = range(len(blocks)) if layers is None else list(layers)
-    wrong = [layer for layer in layers if type(layer) is not int or not 0 <= layer < len(blocks)]
-    if wrong:
-        raise ValueError(f"attention_weights: layers must be ints in [0, {len(blocks)}), got {wrong[0]!r}")
-    found = {}
+    layers, found = chosen("attention_weights", "layers", layers, len(blocks)), {}
     hooks = [blocks[layer].attn.c_attn.register_forward_hook(partial(_note, found, blocks[layer].attn, queries))
              for layer in layers]
     try:

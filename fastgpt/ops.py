@@ -26,7 +26,7 @@ from fastgpt.checks import (
     check_starts,
     check_tensor,
     check_vector,
-    chosen_numbers,
+    chosen,
     dropout_seed,
 )
 from fastgpt.pooled import autocast
@@ -201,7 +201,8 @@ def attention_weights(q, k, lse, *, queries=(None, None), causal=True, scale=Non
     check_same_device("attention_weights", "lse", lse, q)
     check(isinstance(queries, (tuple, list)) and len(queries) == 2,
            lambda: f"attention_weights: queries must be (heads, rows), got {queries!r}")
-    queries = tuple(chosen_numbers(*which, q.device) for which in zip(("heads", "rows"), queries, q.shape[1:3]))
+    queries = tuple(torch.tensor(chosen("attention_weights", *which), dtype=torch.int64, device=q.device)
+                    for which in zip(("heads", "rows"), queries, q.shape[1:3]))
     q, k, lse = (t.detach() for t in (*autocast(q, k), lse))
     check_same_dtype("attention_weights", q=q, k=k)
     function = _implementation("attention_weights", q, k)

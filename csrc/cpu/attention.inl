@@ -14,6 +14,12 @@ constexpr int64_t kKeys = 128;              // of a block
 constexpr int64_t kScoreChain = 64;         // a sum over D starts anew: one long chain of additions would lose digits
 constexpr int64_t kSerialFlops = 400000;    // below, waking the other threads costs more than they spare
 
+template <class F>
+void parallel_if_worth(int64_t flops, int64_t tasks, const F& task) {
+  if (flops >= kSerialFlops) return parallel(tasks, task);
+  for (int64_t t = 0; t < tasks; t++) task(t);
+}
+
 // One call. Rows of packed blocks have Dp columns, D rounded up to whole vectors; those beyond D are zero.
 struct Attention {
   Heads q, k, v;
@@ -320,8 +326,7 @@ void attention_forward(const Attention& a, const Heads& out, float* lse) {
     QueryBlock block{b, g, g * a.group + head, min(heads, a.group - head), query, min(queries, length - query)};
     attention_forward_block<T>(a, block, out, lse);
   };
-  if (4 * B * a.shape.H * length * a.shape.S * a.shape.D >= kSerialFlops) return parallel(tasks, task);
-  for (int64_t t = 0; t < tasks; t++) task(t);
+  parallel_if_worth(4 * B * a.shape.H * length * a.shape.S * a.shape.D, tasks, task);
 }
 
 }  // namespace

@@ -69,8 +69,7 @@ void attention_weights(const Attention& a, const AttentionWeights& w) {
   auto task = [&](int64_t t) {
     attention_weights_block<T>(a, w, t / blocks / heads, t / blocks % heads, t % blocks * kWeightRows);
   };
-  if (2 * a.shape.B * heads * w.queries.row_count * a.shape.S * a.shape.D >= kSerialFlops) return parallel(tasks, task);
-  for (int64_t t = 0; t < tasks; t++) task(t);
+  parallel_if_worth(2 * a.shape.B * heads * w.queries.row_count * a.shape.S * a.shape.D, tasks, task);
 }
 
 }  // namespace

@@ -121,7 +121,8 @@ def _as_rows(batch):
     return batch[0].transpose(0, 1)
 
 
-def _fake_packed_forward(q, k, v, q_starts, k_starts, seed, causal, scale, dropout_p, window, keep_lse):
+def _fake_packed_forward(q, *others):
+    *_, keep_lse = others
     return q.new_empty(q.shape), empty_lse(q.transpose(0, 1)[None], keep_lse)
 
 
@@ -137,15 +138,16 @@ def _packed_setup(ctx, inputs, output):
     ctx.save_for_backward(q, k, v, out, lse, q_starts, k_starts, seed)
 
 
-def _fake_forward(q, k, v, key_mask, seed, causal, scale, dropout_p, window, keep_lse):
+def _fake_forward(q, *others):
+    *_, keep_lse = others
     return _fake_joinable(q), empty_lse(q, keep_lse)
 
 
-def _fake_weights(q, k, lse, heads, rows, key_mask, causal, scale, window):
+def _fake_weights(q, k, lse, heads, rows, *others):
     return empty_weights(q, k, heads, rows)
 
 
-def _fake_backward(dout, q, k, v, out, lse, key_mask, seed, causal, scale, dropout_p, window):
+def _fake_backward(dout, q, k, v, *others):
     return _fake_joinable(q), _fake_joinable(k), _fake_joinable(v)
 
 

@@ -15,6 +15,7 @@ def define_layer_norm(prefix, launch, launch_backward, remade=False):
     dropout, where it is dresidual), gradients (2, C) of weight and bias.
     remade: the product behind, which wants y for its weight's gradient alone, may make it again from what is kept here.
     """
+    again = partial(_norm_again, launch) if remade else None
     backward = define(
         f"{prefix}layer_norm_backward(Tensor dy, Tensor? dtotal, Tensor total, Tensor weight, Tensor statistics,"
         " Tensor? seed, float dropout_p) -> (Tensor, Tensor, Tensor)", launch_backward, _fake_backward)
@@ -22,25 +23,6 @@ def define_layer_norm(prefix, launch, launch_backward, remade=False):
     def forward(x, weight, bias, eps):
         y, _, statistics = launch(x, None, weight, bias, None, eps, 0.0)
         return y, statistics
-
-    def setup(ctx, inputs, output):
-        x, weight, bias, eps = inputs
-        y, statistics = output
-        save(ctx, y, x.contiguous(), (weight, bias, None, eps), statistics)
-
-    def add_setup(ctx, inputs, output):
-        _, _, *parameters, ctx.dropout_p = inputs
-        y, total, statistics = output
-        save(ctx, y, total, parameters, statistics)
-
-    def save(ctx, y, total, parameters, statistics):
-        weight, bias, seed, eps = parameters
-        ctx.mark_non_differentiable(statistics)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(total, weight, statistics, seed)
-        ctx.has_bias = bias is not None
-        if remade and not is_traced(y):
-            give_recipe(y, partial(_norm_again, launch, eps), total, weight, bias)
 
     def grad(ctx, dy, _):
         if dy is None:
@@ -60,10 +42,10 @@ def define_layer_norm(prefix, launch, launch_backward, remade=False):
         return dx if ctx.dropout_p else dresidual, dresidual, gradients[0], dbias, None, None, None
 
     norm = define(f"{prefix}layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
-                  forward, _fake_forward, setup_context=setup, backward=grad)
+                  forward, _fake_forward, setup_context=partial(_setup, again), backward=grad)
     add_norm = define(
         f"{prefix}add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, Tensor? seed, float eps,"
-        " float dropout_p) -> (Tensor, Tensor, Tensor)", launch, _fake_add_forward, setup_context=add_setup,
+        " float dropout_p) -> (Tensor, Tensor, Tensor)", launch, _fake_add_forward, setup_context=partial(_add_setup, again),
         backward=add_grad)
 
     def layer_norm(x, weight, bias=None, eps=1e-5):
@@ -78,6 +60,33 @@ def define_layer_norm(prefix, launch, launch_backward, remade=False):
 
 def _norm_again(launch, eps, total, weight, bias):
     return launch(total, None, weight, bias, None, eps, 0.0)[0]
+
+
+def _setup(again, ctx, inputs, output):
+    x, weight, bias, eps = inputs
+    y, statistics = output
+    total = x.contiguous()
+    _save(ctx, total, weight, bias, statistics, None)
+    _give_recipe(again, eps, y, (total, weight, bias))
+
+
+def _add_setup(again, ctx, inputs, output):
+    _, _, weight, bias, seed, eps, ctx.dropout_p = inputs
+    y, total, statistics = output
+    _save(ctx, total, weight, bias, statistics, seed)
+    _give_recipe(again, eps, y, (total, weight, bias))
+
+
+def _save(ctx, total, weight, bias, statistics, seed):
+    ctx.mark_non_differentiable(statistics)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(total, weight, statistics, seed)
+    ctx.has_bias = bias is not None
+
+
+def _give_recipe(again, eps, y, ingredients):
+    if again is not None and not is_traced(y):
+        give_recipe(y, partial(again, eps), *ingredients)
 
 
 def _statistics(x):

@@ -14,6 +14,7 @@ from fastgpt.cpu.gemm import matmul
 from fastgpt.cpu.launch import DTYPES, pointer
 from fastgpt.extension import _C, ACTIVATIONS, HAS_BF16
 from fastgpt.memory import empty, empty_like
+from fastgpt.reference import GELU_APPROXIMATION
 from fastgpt.torch_op import define, is_traced, needs_gradient
 
 
@@ -113,4 +114,4 @@ def _with_torch_product(x, weight, bias, activation, residual):
 
 
 def _activate(x, activation):
-    return F.relu(x) if activation == "relu" else gelu(x, "tanh" if activation == "gelu_tanh" else "none")
+    return F.relu(x) if activation == "relu" else gelu(x, GELU_APPROXIMATION[activation])

@@ -2,12 +2,13 @@
 import torch.nn.functional as F
 
 from fastgpt.kernels.gelu import bias_gelu, gelu
+from fastgpt.reference import GELU_APPROXIMATION
 
 
 def linear(x, weight, bias=None, *, activation=None, residual=None):
     """With a GELU the bias goes into its kernel: the sum before it is neither written nor read once more."""
-    if activation in ("gelu", "gelu_tanh"):
-        approximate = "tanh" if activation == "gelu_tanh" else "none"
+    if activation in GELU_APPROXIMATION:
+        approximate = GELU_APPROXIMATION[activation]
         y = F.linear(x, weight)
         y = gelu(y, approximate) if bias is None else bias_gelu(y, bias, approximate)
     else:
